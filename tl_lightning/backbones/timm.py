@@ -1,0 +1,85 @@
+"""Backbones from timm."""
+
+import math
+from typing import Any
+
+from tl_lightning.backbones.traced import TracedBackbone
+from tl_lightning.backbones.weights import is_path, load_file_into, with_download
+from tl_lightning.messages import unknown
+from tl_lightning.transforms import Preprocessing
+
+
+class TimmBackbone(TracedBackbone):
+    """Any model of timm, without its classifier.
+
+    Args:
+        name: As in ``timm.list_models()``, for instance ``vit_small_patch14_dinov2``; a tag may follow after a dot, as in
+            ``resnet50.a1_in1k``, and decides on the preprocessing.
+        weights: ``DEFAULT``, or the tag of published weights (``a1_in1k``); path of a ``.pth`` or ``.safetensors`` file
+            with the model's own parameter names, with or without a classifier; or None for random weights.
+
+    Raises:
+        ValueError: Unknown model or weights, or a file that does not fit.
+        FileNotFoundError: The weights file does not exist.
+        ConnectionError: The weights are not in the cache and cannot be downloaded.
+
+    Example:
+        >>> TimmBackbone("test_resnet", weights=None).feature_dim
+        384
+    """
+
+    def __init__(self, name: str, weights: str | None = "DEFAULT") -> None:
+        import timm
+
+        architecture, _, tag = name.partition(".")
+        if not timm.is_model(architecture):
+            raise ValueError(unknown("model", architecture, timm.list_models(), of="timm"))
+        tags = [full.partition(".")[2] for full in timm.list_pretrained(f"{architecture}.*")]
+        published = weights is not None and not is_path(weights)
+        if published and weights != "DEFAULT":
+            tag = str(weights)
+        if tag and tag not in tags:
+            choice = unknown("weights", tag, ["DEFAULT", *tags], of=architecture)
+            raise ValueError(f"{choice}; a path ending in .pth or .safetensors, or None, does as well")
+        if published and not tags:
+            raise ValueError(f"timm publishes no weights for {architecture}; pass weights=None, or the path of a file")
+        full_name = f"{architecture}.{tag}" if tag else architecture
+
+        def build(pretrained: bool) -> Any:
+            return timm.create_model(full_name, pretrained=pretrained, num_classes=0)
+
+        if published:
+            model = with_download(lambda: build(True), name=full_name, weights=str(weights))
+        else:
+            model = build(False)
+        classifier = str(model.pretrained_cfg.get("classifier") or "head")
+        if weights is not None and not published:
+            load_file_into(model, weights, name=full_name, classifier=classifier)
+        super().__init__(model, full_name, preprocessing_of(model), timm.models.get_notrace_functions())
+        # A checkpoint builds the same variant again, without its published weights.
+        self.init_args = ((), {"name": full_name, "weights": weights})
+
+
+def preprocessing_of(model: Any) -> Preprocessing:
+    """Read the evaluation preprocessing of a timm model from its pretrained configuration.
+
+    Args:
+        model: A model made by ``timm.create_model``.
+
+    Raises:
+        ValueError: The model's images are not three-channelled.
+    """
+    from timm.data import resolve_model_data_config
+
+    config = resolve_model_data_config(model)
+    channels, height, width = config["input_size"]
+    if channels != 3:
+        raise ValueError(f"this model wants images of {channels} channels; only those of 3 are supported")
+    # timm.data.transforms_factory.transforms_imagenet_eval: crop_mode 'center' keeps the aspect ratio, 'squash' does not.
+    scaled = tuple(math.floor(side / config["crop_pct"]) for side in (height, width))
+    size: int | tuple[int, int] = scaled[0]
+    if config["crop_mode"] == "squash" or height != width:
+        size = (scaled[0], scaled[1])
+    interpolation = "bicubic" if config["interpolation"] == "random" else config["interpolation"]
+    crop: int | tuple[int, int] = height if height == width else (height, width)
+    return Preprocessing(size, crop, interpolation, tuple(config["mean"]), tuple(config["std"]))

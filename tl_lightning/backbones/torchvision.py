@@ -1,0 +1,107 @@
+"""Backbones from torchvision."""
+
+from collections.abc import Mapping
+
+import torchvision.models
+from torch import nn
+from torchvision.models import WeightsEnum
+
+from tl_lightning.backbones.traced import TracedBackbone
+from tl_lightning.backbones.weights import is_path, load_file_into, with_download
+from tl_lightning.messages import unknown
+from tl_lightning.transforms import Preprocessing
+
+_IMAGENET_CLASSES = 1000
+
+
+class TorchvisionBackbone(TracedBackbone):
+    """Any classification model of torchvision, without its last layer.
+
+    The auxiliary heads of Inception and GoogLeNet, which torchvision runs in training only, are set aside under
+    ``auxiliary``, with their weights; the main branch does not need them.
+
+    Args:
+        name: As in ``torchvision.models.list_models(module=torchvision.models)``, for instance ``resnet50``.
+        weights: Name of a member of the model's weights enum (``DEFAULT``, ``IMAGENET1K_V1``, ...); path of a ``.pth`` or
+            ``.safetensors`` file with the model's own parameter names, with or without a classifier; or None for random
+            weights. The preprocessing is that of the member, else that of ``DEFAULT``.
+
+    Raises:
+        ValueError: Unknown model or weights, or a file that does not fit.
+        FileNotFoundError: The weights file does not exist.
+        ConnectionError: The weights are not in torch's cache and cannot be downloaded.
+
+    Example:
+        >>> TorchvisionBackbone("resnet18", weights=None).stages
+        ('stem', 'layer1', 'layer2', 'layer3', 'layer4')
+    """
+
+    def __init__(self, name: str, weights: str | None = "DEFAULT") -> None:
+        known = torchvision.models.list_models(module=torchvision.models)
+        if name not in known:
+            raise ValueError(unknown("model", name, known, of="torchvision"))
+        published = torchvision.models.get_model_weights(name)
+        member: WeightsEnum | None = None
+        if weights is not None and not is_path(weights):
+            names = ["DEFAULT", *published.__members__]
+            if weights not in names:
+                choice = unknown("weights", weights, names, of=name)
+                raise ValueError(f"{choice}; a path ending in .pth or .safetensors, or None, does as well")
+            member = published[weights]
+
+        # Both are made with their auxiliary heads (GoogLeNet's published ones are untrained), and with the input
+        # normalisation of their published weights, so that random weights and a checkpoint's see the same input.
+        extra: Mapping[str, bool] = {}
+        if name in ("inception_v3", "googlenet"):
+            extra = {"transform_input": True} | ({"aux_logits": True} if name == "inception_v3" or member is None else {})
+            extra = extra | ({"init_weights": True} if member is None else {})
+        if member is None:
+            model = torchvision.models.get_model(name, weights=None, **extra)
+        else:
+            model = with_download(
+                lambda: torchvision.models.get_model(name, weights=member, **extra), name=name, weights=str(weights)
+            )
+        classifier = _remove_classifier(model)
+        if member is None and weights is not None:
+            load_file_into(model, weights, name=name, classifier=classifier)
+        auxiliary = _set_aside_auxiliary_heads(model)
+        super().__init__(model, name, _preprocessing(member or published["DEFAULT"]))
+        self.auxiliary = nn.ModuleDict(auxiliary)
+
+
+def _remove_classifier(model: nn.Module) -> str:
+    """Replace the layer that maps to ImageNet's classes, and the dropout right before it, by nothing.
+
+    Returns:
+        The layer's qualified name.
+    """
+    modules = [(name, module) for name, module in model.named_modules() if not list(module.children())]
+    last = max(
+        i
+        for i, (_, module) in enumerate(modules)
+        if (isinstance(module, nn.Linear) and module.out_features == _IMAGENET_CLASSES)
+        or (isinstance(module, nn.Conv2d) and module.out_channels == _IMAGENET_CLASSES)
+    )
+    name = modules[last][0]
+    model.set_submodule(name, nn.Identity())
+    if isinstance(modules[last - 1][1], nn.Dropout):
+        model.set_submodule(modules[last - 1][0], nn.Identity())
+    return name
+
+
+def _set_aside_auxiliary_heads(model: nn.Module) -> dict[str, nn.Module]:
+    found = {}
+    for name in ("AuxLogits", "aux1", "aux2"):
+        module = model._modules.get(name)
+        if module is not None:
+            found[name] = module
+            model._modules[name] = None
+    if "aux_logits" in vars(model):
+        model.aux_logits = False
+    return found
+
+
+def _preprocessing(weights: WeightsEnum) -> Preprocessing:
+    transform = weights.transforms()
+    (size,), (crop,) = transform.resize_size, transform.crop_size
+    return Preprocessing(size, crop, transform.interpolation.value, tuple(transform.mean), tuple(transform.std))

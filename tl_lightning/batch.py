@@ -1,0 +1,43 @@
+"""All that modules and data share."""
+
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol, runtime_checkable
+
+from torch import Tensor
+
+UNLABELLED = -1
+"""Target of an image whose class is not known, as in prediction."""
+
+PADDING = -1
+"""Index of a row that only fills up a batch, so that every rank runs as many batches; it counts for nothing."""
+
+
+class Batch(NamedTuple):
+    """Some samples of one split."""
+
+    inputs: Tensor
+    """Images (N, 3, H, W), or activations of a boundary (N, ...)."""
+    target: Tensor
+    """Class numbers (N,), int64; ``UNLABELLED`` where the class is not known."""
+    index: Tensor
+    """Each sample's place in its split (N,), int64; ``PADDING`` for rows that count for nothing."""
+    boundary: str | None
+    """The stage that continues from ``inputs``; None where these are images."""
+
+
+@runtime_checkable
+class NamesClasses(Protocol):
+    """Whatever knows the names of the classes: a data module, for the module that trains on it."""
+
+    @property
+    def class_names(self) -> Sequence[str]:
+        """Names of the classes, in the order of the class numbers."""
+
+
+@runtime_checkable
+class NamesFiles(Protocol):
+    """Whatever knows the files that are predicted: a data module, for those who write predictions down."""
+
+    @property
+    def predict_files(self) -> Sequence[str]:
+        """Path of each image to predict, in the order of ``Batch.index``."""

@@ -1,0 +1,85 @@
+"""Say before training what is going to happen, and after it what came out and where it lies."""
+
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+from tl_lightning.data import ImageFolderDataModule
+from tl_lightning.modules import TransferClassifier
+
+_NAMES_SHOWN = 12
+
+
+class Plan(Callback):
+    """Print a short plan when a fit starts: data, what is frozen, what is trained at which rates, where outputs go."""
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        folder = trainer.log_dir  # asks all ranks
+        if trainer.is_global_zero and isinstance(pl_module, TransferClassifier):
+            _print("plan", describe_plan(trainer, pl_module) | {"outputs": str(folder)})
+
+
+class Outcome(Callback):
+    """Print the scores after a test, and where the files of a fit lie."""
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        folder = trainer.log_dir
+        best = trainer.checkpoint_callback
+        rows = {}
+        score = getattr(best, "best_model_score", None)
+        if score is not None:
+            rows[f"best {getattr(best, 'monitor', '')}"] = f"{float(score):.4f}"
+            rows["best model"] = str(getattr(best, "best_model_path", ""))
+        _print("trained", rows | {"outputs": str(folder)})
+
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        folder = trainer.log_dir
+        metrics = {name: value for name, value in trainer.callback_metrics.items() if name.startswith("test_")}
+        rows = {_WORDS.get(name, name): f"{float(value):.4f}" for name, value in metrics.items()}
+        _print("tested", rows | {"outputs": str(folder)})
+
+
+_WORDS = {"test_accuracy": "test accuracy", "test_f1": "test macro F1", "test_loss": "test loss"}
+
+
+def describe_plan(trainer: Trainer, classifier: TransferClassifier) -> dict[str, str]:
+    """Describe a fit that is about to start, a few words a row."""
+    rows = {"model": f"{type(classifier).__name__} on {getattr(classifier.backbone, 'name', type(classifier.backbone).__name__)}"}
+    if classifier.class_names is not None:
+        names = list(classifier.class_names)
+        more = f", and {len(names) - _NAMES_SHOWN} more" if len(names) > _NAMES_SHOWN else ""
+        rows["classes"] = f"{len(names)}: {', '.join(names[:_NAMES_SHOWN])}{more}"
+    data = getattr(trainer, "datamodule", None)
+    if isinstance(data, ImageFolderDataModule):
+        rows["images"] = ", ".join(f"{len(samples.files):,} {split}" for split, samples in data.splits.items())
+    frozen = {id(p) for part in classifier.frozen_parts for p in part.parameters()}
+    stages = classifier.backbone.stages
+    span = stages[0] if len(stages) == 1 else f"{stages[0]} to {stages[-1]}"
+    rows["frozen"] = f"backbone, {span}: {_count(classifier.backbone, frozen)} parameters, in eval mode"
+    rows["trained"] = f"head: {_count(classifier.head, None)} parameters"
+    for optimizer in trainer.optimizers:
+        rates = {group.get("name", "?"): group.get("initial_lr", group["lr"]) for group in optimizer.param_groups}
+        rows["learning rates"] = f"{type(optimizer).__name__}: " + ", ".join(f"{n} {lr:g}" for n, lr in rates.items())
+    steps = trainer.estimated_stepping_batches
+    rows["length"] = f"{trainer.max_epochs} epochs, {steps} steps"
+    processes = f"{trainer.world_size} processes on " if trainer.world_size > 1 else ""
+    rows["device"] = f"{processes}{trainer.strategy.root_device.type}, precision {trainer.precision}"
+    return rows
+
+
+def _count(module: nn.Module, members: set[int] | None) -> str:
+    return f"{sum(p.numel() for p in module.parameters() if members is None or id(p) in members):,}"
+
+
+@rank_zero_only
+def _print(title: str, rows: dict[str, Any]) -> None:
+    table = Table(title=title, title_justify="left", show_header=False, box=None, padding=(0, 2, 0, 2))
+    table.add_column(style="cyan", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in rows.items():
+        table.add_row(name, str(value))
+    Console().print(table)

@@ -1,0 +1,185 @@
+"""The command line: links between backbone, data and model, and defaults."""
+
+import sys
+import warnings
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, LightningDataModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+
+from tl_lightning.backbones import Backbone
+from tl_lightning.callbacks import Outcome, Plan, PredictionWriter, Progress
+from tl_lightning.chance import DEFAULT_SEED
+from tl_lightning.data import ImageFolderDataModule
+from tl_lightning.modules import TransferClassifier
+
+_DESCRIPTIONS = {
+    "fit": "Train a classifier on a folder of images.",
+    "validate": "Score a checkpoint on the validation images.",
+    "test": "Score a checkpoint on the test images.",
+    "predict": "Write predictions.csv for a folder of images, nested or flat.",
+}
+
+_EXPECTED_WARNINGS = (
+    # A frozen backbone belongs in eval mode: lightning.pytorch.loops.fit_loop._warn_if_modules_in_eval_mode.
+    r"Found \d+ module\(s\) in eval mode at the start of training",
+    # Metrics are logged per epoch: lightning.pytorch.loops.fit_loop.setup_data.
+    r"The number of training batches \(\d+\) is smaller than the logging interval",
+    # The folder of a resumed run holds its earlier checkpoints: lightning.pytorch.callbacks.model_checkpoint.
+    r"Checkpoint directory .* exists and is not empty",
+    # Predictions are matched by index, not by sampler: lightning.pytorch.loops.prediction_loop.
+    r"Couldn't infer the batch indices fetched from your dataloader",
+)
+
+
+class TransferCLI(LightningCLI):
+    """LightningCLI with a top-level ``backbone``, and with everything that follows from data and backbone linked.
+
+    ``fit`` builds the model from the configuration. ``validate``, ``test`` and ``predict`` take model, classes and
+    preprocessing from the checkpoint, and only images from the data.
+    """
+
+    def __init__(self, args: ArgsType = None) -> None:
+        for message in _EXPECTED_WARNINGS:
+            warnings.filterwarnings("ignore", message)
+        super().__init__(
+            save_config_kwargs={"overwrite": True},  # a resumed run goes on in its own folder
+            trainer_defaults={"max_epochs": 10, "default_root_dir": "runs", "enable_model_summary": False},
+            seed_everything_default=DEFAULT_SEED,
+            parser_kwargs={name: {"description": text} for name, text in _DESCRIPTIONS.items()}
+            | {"description": "Transfer learning for image classification."},
+            args=args,
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,
+        )
+
+    # Parsing --------------------------------------------------------------------------------------------------------
+
+    def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add trainer, backbone, data and model, and link them."""
+        parser.add_lightning_class_args(self.trainer_class, "trainer")
+        parser.set_defaults({f"trainer.{key}": value for key, value in self.trainer_defaults.items()})
+        parser.add_subclass_arguments(Backbone, "backbone", required=False)
+        parser.add_subclass_arguments(LightningDataModule, "data", required=False)
+        parser.add_subclass_arguments(TransferClassifier, "model", required=False)
+        parser.link_arguments("backbone", "model.init_args.backbone", apply_on="instantiate")
+        parser.link_arguments(
+            "backbone", "data.init_args.preprocessing", compute_fn=_preprocessing_of, apply_on="instantiate"
+        )
+        parser.link_arguments("data.num_classes", "model.init_args.num_classes", apply_on="instantiate")
+        parser.link_arguments("data.class_names", "model.init_args.class_names", apply_on="instantiate")
+
+    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
+        parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        if subcommand == "fit":
+            parser.add_argument(
+                "--test_after_fit", type=bool, default=False, help="Test the best checkpoint when training has ended."
+            )
+        elif subcommand == "predict":
+            parser.set_defaults(return_predictions=False)
+        else:
+            parser.set_defaults(verbose=False)
+        parser.set_defaults(weights_only=True)
+        return parser
+
+    # Building -------------------------------------------------------------------------------------------------------
+
+    def before_instantiate_classes(self) -> None:
+        """Check that what the command needs is there.
+
+        Raises:
+            SystemExit: Something is missing; the message says what to add.
+        """
+        config = self.config[self.subcommand]
+        needed = ["data"] + (["backbone", "model"] if self.subcommand == "fit" else ["ckpt_path"])
+        missing = [key for key in needed if config.get(key) is None]
+        if missing:
+            hints = {"data": "--data.root FOLDER", "ckpt_path": "--ckpt_path FILE"}
+            sys.exit(
+                f"tl-lightning {self.subcommand}: missing {', '.join(missing)}; add "
+                + " ".join(hints.get(key, f"--{key} CLASS") for key in missing)
+                + ", or a configuration with --config FILE"
+            )
+        if self.subcommand != "fit":
+            config["backbone"] = config["model"] = None
+
+    def instantiate_classes(self) -> None:
+        """Build data, model and trainer; the model from the checkpoint where nothing is trained."""
+        self.config_init = self.parser.instantiate_classes(self.config)
+        self.datamodule = self._get(self.config_init, "data")
+        if self.subcommand == "fit":
+            self.model = self._get(self.config_init, "model")
+        else:
+            self.model = TransferClassifier.load_from_checkpoint(self._get(self.config, "ckpt_path"))
+            if isinstance(self.datamodule, ImageFolderDataModule):
+                self.datamodule.preprocessing = self.model.backbone.preprocessing
+        self.trainer = self.instantiate_trainer()
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Add the loggers and callbacks that the user has not chosen."""
+        config = self._get(self.config_init, "trainer")
+        own: list[Callback] = config["callbacks"] or []
+        added: list[Callback] = [Plan(), Outcome()]
+        if self.subcommand == "predict":
+            added.append(PredictionWriter())
+        if config["enable_progress_bar"] is not False and not any(isinstance(c, ProgressBar) for c in own):
+            added.append(Progress())
+        if config["enable_checkpointing"] is not False and not any(isinstance(c, ModelCheckpoint) for c in own):
+            added += best_and_last()
+        if config["logger"] in (None, True):
+            kwargs["logger"] = default_loggers(self._run_folder(Path(config["default_root_dir"])))
+        return super().instantiate_trainer(callbacks=own + added, **kwargs)
+
+    def _run_folder(self, root: Path) -> Path:
+        """Return the folder of this run: that of the run that is resumed, else a new one."""
+        resumed = self._get(self.config, "ckpt_path")
+        if self.subcommand == "fit" and resumed is not None:
+            folder = Path(resumed).resolve().parent.parent
+            if (folder / "config.yaml").is_file():
+                return folder
+        taken = [int(path.name.removeprefix("version_")) for path in root.glob("version_*") if path.name[8:].isdigit()]
+        return root / f"version_{max(taken, default=-1) + 1}"
+
+    # Running --------------------------------------------------------------------------------------------------------
+
+    def after_fit(self) -> None:
+        """Test the best checkpoint, if asked for."""
+        if self._get(self.config, "test_after_fit"):
+            self.trainer.test(datamodule=self.datamodule, ckpt_path="best", weights_only=True, verbose=False)
+
+
+def best_and_last() -> list[Callback]:
+    """Build the checkpoint callbacks: ``best.ckpt`` by validation macro F1, ``last.ckpt`` after every epoch.
+
+    They are two, since Lightning's ``save_last`` saves only when the monitored score has improved.
+    """
+    return [
+        ModelCheckpoint(filename="best", monitor="val_f1", mode="max", enable_version_counter=False),
+        ModelCheckpoint(filename="last", enable_version_counter=False, save_on_train_epoch_end=True),
+    ]
+
+
+def default_loggers(folder: Path) -> list[Logger]:
+    """Build a CSV logger, and one for TensorBoard where that is installed, that write to one folder."""
+    place = {"save_dir": folder.parent, "name": "", "version": folder.name}
+    loggers: list[Logger] = [CSVLogger(**place)]
+    if find_spec("tensorboard") is not None:
+        loggers.append(TensorBoardLogger(**place))
+    return loggers
+
+
+def _preprocessing_of(backbone: Backbone) -> object:
+    return backbone.preprocessing
+
+
+def main(args: ArgsType = None) -> None:
+    """Run the command line.
+
+    Args:
+        args: The arguments; None takes those of the process.
+    """
+    TransferCLI(args)

@@ -1,0 +1,257 @@
+"""A folder of images as training, validation, test and prediction data."""
+
+import functools
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lightning.fabric.utilities.data import suggested_max_num_workers
+from lightning.pytorch import LightningDataModule
+from torch import Tensor
+
+from tl_lightning.chance import run_seed
+from tl_lightning.data import folder as folders
+from tl_lightning.data.folder import Samples
+from tl_lightning.data.loader import EpochLoader, ImageDataset, Transform
+from tl_lightning.data.order import EpochBatches
+from tl_lightning.images import WHITE, read_image
+from tl_lightning.transforms import Preprocessing, eval_transform, train_transform
+
+_MOST_WORKERS = 8
+
+
+class ImageFolderDataModule(LightningDataModule):
+    """Serve the images of a folder that holds one folder for each class.
+
+    Where the root holds ``train``, ``val`` and ``test`` folders of class folders, these are the splits; without ``val``, a
+    part of ``train`` is split off for validation. Where the root holds class folders itself, validation and test parts are
+    split off: a stratified draw from the seed, the same on every rank. Classes are the folders of ``train``, sorted. For
+    prediction all images below the root are taken, in whatever folders.
+
+    Args:
+        root: The folder.
+        batch_size: Samples per batch and process.
+        num_workers: Processes that load images, for each training process; None chooses by the number of CPUs.
+        augment: Train on random crops and flips of the images; see :func:`tl_lightning.transforms.train_transform`.
+        val_fraction: Share of all labelled images that is split off for validation where no folder gives it.
+        test_fraction: Share of all labelled images that is split off for testing where no folder gives any split.
+        background: What transparent parts show: red, green and blue from 0 to 255.
+        seed: Seed of the split, the order and the augmentation; None takes that of ``seed_everything``, else 42.
+        preprocessing: What the backbone wants: ``backbone.preprocessing``. The command line fills it in.
+
+    Raises:
+        FileNotFoundError: The root does not exist.
+        ValueError: A fraction, or the batch size, is out of range.
+    """
+
+    def __init__(
+        self,
+        root: str,
+        batch_size: int = 32,
+        num_workers: int | None = None,
+        augment: bool = True,
+        val_fraction: float = 0.1,
+        test_fraction: float = 0.1,
+        background: tuple[int, int, int] = WHITE,
+        seed: int | None = None,
+        preprocessing: Preprocessing | None = None,
+    ) -> None:
+        super().__init__()
+        if batch_size < 1:
+            raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
+        if not (0 < val_fraction < 1 and 0 <= test_fraction < 1 and val_fraction + test_fraction < 1):
+            raise ValueError(
+                f"val_fraction is {val_fraction} and test_fraction {test_fraction}; both are shares between 0 and 1 that "
+                "leave some images for training"
+            )
+        if not all(0 <= channel <= 255 for channel in background):
+            raise ValueError(f"background is {tuple(background)}; red, green and blue go from 0 to 255")
+        self.root = Path(root)
+        self.batch_size = batch_size
+        self.num_workers = num_workers
+        self.augment = augment
+        self.val_fraction = val_fraction
+        self.test_fraction = test_fraction
+        self.background = (background[0], background[1], background[2])
+        self.seed = run_seed() if seed is None else seed
+        self.preprocessing = preprocessing
+        self._train_loader: EpochLoader | None = None
+        self._resume_at: dict[str, int] | None = None
+
+    # What the folder holds ------------------------------------------------------------------------------------------
+
+    @functools.cached_property
+    def class_names(self) -> tuple[str, ...]:
+        """Names of the classes, in the order of their numbers.
+
+        Raises:
+            FileNotFoundError: The root does not exist.
+            ValueError: There are fewer than two class folders.
+        """
+        root = folders.check_root(self.root)
+        return tuple(folders.class_folders(folders.split_folders(root).get(folders.TRAIN, root)))
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes."""
+        return len(self.class_names)
+
+    @functools.cached_property
+    def splits(self) -> dict[str, Samples]:
+        """The labelled images of each split: ``train``, ``val``, and ``test`` if there is one.
+
+        Raises:
+            FileNotFoundError: The root does not exist.
+            ValueError: A class without images, a class that ``train`` does not know, or too few images.
+        """
+        root, names = folders.check_root(self.root), self.class_names
+        given = folders.split_folders(root)
+        found = {
+            split: folders.find_samples(root, folder, names, complete=split == folders.TRAIN)
+            for split, folder in (given or {folders.TRAIN: root}).items()
+        }
+        fractions = {}
+        if "val" not in given:
+            fractions["val"] = self.val_fraction
+        if not given and self.test_fraction > 0:
+            fractions["test"] = self.test_fraction
+        found |= folders.stratified_split(found[folders.TRAIN], names, fractions, self.seed)
+        if not found["val"].files:
+            raise ValueError(f"{str(root)!r} holds one image per class, which leaves none for validation; add images")
+        return found
+
+    @functools.cached_property
+    def predict_files(self) -> list[str]:
+        """Paths, relative to the root, of the images to predict: all below the root.
+
+        Raises:
+            FileNotFoundError: The root does not exist.
+            ValueError: There are no images.
+        """
+        root = folders.check_root(self.root)
+        files = sorted(folders.find_images(root, root))
+        if not files:
+            raise ValueError(f"{str(root)!r} holds no images to predict ({', '.join(sorted(folders.SUFFIXES))})")
+        return files
+
+    # Lightning's hooks ----------------------------------------------------------------------------------------------
+
+    def setup(self, stage: str) -> None:
+        """Look at the folder before the run starts.
+
+        Raises:
+            ValueError: The preprocessing is missing, or what :attr:`splits` and :attr:`predict_files` raise.
+        """
+        if self.preprocessing is None:
+            raise ValueError(
+                f"{type(self).__name__} has no preprocessing, so it cannot know which size and scale the backbone wants; "
+                "pass preprocessing=backbone.preprocessing"
+            )
+        if stage == "predict":
+            _ = self.predict_files
+        elif stage == "test" and "test" not in self.splits:
+            raise ValueError(
+                f"{str(self.root)!r} holds no test images: it has split folders, and none called 'test', or test_fraction "
+                "is 0. Add the folder, or use 'validate'"
+            )
+
+    def train_dataloader(self) -> EpochLoader:
+        """Load the training images, shuffled, and augmented if so chosen."""
+        preprocessing = self._known_preprocessing()
+        transform = train_transform(preprocessing) if self.augment else eval_transform(preprocessing)
+        self._train_loader = self._loader(*self.splits["train"], transform, shuffle=True)
+        if self._resume_at is not None:
+            self._train_loader.load_state_dict(self._resume_at)
+        return self._train_loader
+
+    def val_dataloader(self) -> EpochLoader:
+        """Load the validation images in order."""
+        return self._eval_loader("val")
+
+    def test_dataloader(self) -> EpochLoader:
+        """Load the test images in order."""
+        return self._eval_loader("test")
+
+    def predict_dataloader(self) -> EpochLoader:
+        """Load all images below the root, in the order of their paths."""
+        return self._loader(self.predict_files, None, eval_transform(self._known_preprocessing()), shuffle=False)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what identifies the split, and the place in the training data, for a checkpoint.
+
+        Lightning asks the loader for its place as well, but does not give it back where the length of the run was asked
+        for before, as a schedule does (lightning.pytorch.loops.fit_loop, ``setup_data`` returns early).
+        """
+        train = hashlib.sha256("\n".join(self.splits["train"].files).encode()).hexdigest()
+        root = hashlib.sha256(str(self.root.resolve()).encode()).hexdigest()
+        place = None if self._train_loader is None else self._train_loader.state_dict()
+        drawn = not folders.split_folders(self.root)
+        return {"root": root, "seed": self.seed, "train": train, "drawn": drawn, "place": place}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from a place in the training data, and make sure that what was trained on is not what is tested on.
+
+        Raises:
+            ValueError: The checkpoint was trained on another draw from the same folder.
+        """
+        fitting = self.trainer is not None and self.trainer.state.fn == "fit"
+        if fitting:
+            self._resume_at = state_dict["place"]
+            if self._train_loader is not None and self._resume_at is not None:
+                self._train_loader.load_state_dict(self._resume_at)
+        predicting = self.trainer is not None and self.trainer.state.fn == "predict"
+        if predicting or not (state_dict["drawn"] or fitting):
+            return
+        now = self.state_dict()
+        if now["train"] == state_dict["train"] or not (fitting or now["root"] == state_dict["root"]):
+            return
+        if now["seed"] != state_dict["seed"]:
+            why = f"the split was drawn from seed {state_dict['seed']} then and from {now['seed']} now; give that seed"
+        else:
+            why = "images, or the shares of the splits, have changed since; restore them, or give folders for the splits"
+        consequence = "a resumed run would not be the same run" if fitting else "images trained on would count as unseen"
+        raise ValueError(f"the checkpoint was trained on other images of {str(self.root)!r}, so {consequence}: {why}")
+
+    # ----------------------------------------------------------------------------------------------------------------
+
+    def _known_preprocessing(self) -> Preprocessing:
+        if self.preprocessing is None:
+            self.setup("")
+        assert self.preprocessing is not None
+        return self.preprocessing
+
+    def _eval_loader(self, split: str) -> EpochLoader:
+        samples = self.splits[split]
+        return self._loader(samples.files, samples.targets, eval_transform(self._known_preprocessing()), shuffle=False)
+
+    def _loader(
+        self, files: Sequence[str], targets: Sequence[int] | None, transform: Transform, *, shuffle: bool
+    ) -> EpochLoader:
+        rank, world_size, on_gpu = 0, 1, False
+        if self.trainer is not None:
+            rank, world_size = self.trainer.global_rank, self.trainer.world_size
+            on_gpu = self.trainer.strategy.root_device.type == "cuda"
+        batches = EpochBatches(
+            len(files), self.batch_size, shuffle=shuffle, seed=self.seed, rank=rank, world_size=world_size
+        )
+        read = _Reader(self.root, files, self.background)
+        dataset = ImageDataset(read, targets, transform, self.seed)
+        workers = self._default_workers() if self.num_workers is None else self.num_workers
+        return EpochLoader(dataset, batches, num_workers=workers, pin_memory=on_gpu)
+
+    def _default_workers(self) -> int:
+        processes = self.trainer.num_devices if self.trainer is not None else 1
+        return min(_MOST_WORKERS, suggested_max_num_workers(processes))
+
+
+class _Reader:
+    """Read the images of a split by their place in it."""
+
+    def __init__(self, root: Path, files: Sequence[str], background: tuple[int, int, int]) -> None:
+        self.root = root
+        self.files = files
+        self.background = background
+
+    def __call__(self, index: int, /) -> Tensor:
+        return read_image(self.root / self.files[index], self.background)

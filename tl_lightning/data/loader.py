@@ -1,0 +1,102 @@
+"""A loader that can be left in the middle of an epoch and taken up again there."""
+
+from collections.abc import Iterator, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from tl_lightning.batch import PADDING, UNLABELLED, Batch
+from tl_lightning.chance import seeded
+from tl_lightning.data.order import EpochBatches, Key
+
+
+class Transform(Protocol):
+    """From a uint8 image (3, H, W) to a float image (3, h, w)."""
+
+    def __call__(self, image: Tensor, /) -> Tensor: ...
+
+
+class ReadsImages(Protocol):
+    """From a place in a split to a uint8 image (3, H, W)."""
+
+    def __call__(self, index: int, /) -> Tensor: ...
+
+
+class ImageDataset(Dataset[Batch]):
+    """Images by (index, epoch), so that augmentation depends on nothing else.
+
+    Args:
+        read: Reads an image by its place in the split.
+        targets: Class numbers by place in the split; None where they are not known.
+        transform: What the image goes through; it may draw from torch, numpy and random.
+        seed: Seed of the augmentation.
+    """
+
+    def __init__(self, read: ReadsImages, targets: Sequence[int] | None, transform: Transform, seed: int) -> None:
+        self.read = read
+        self.targets = targets
+        self.transform = transform
+        self.seed = seed
+
+    def __getitem__(self, key: Key) -> tuple[Tensor, int, int]:
+        image = self.read(key.index)
+        with seeded(self.seed, "augmentation", key.epoch, key.index):
+            image = self.transform(image)
+        target = UNLABELLED if self.targets is None else self.targets[key.index]
+        return image, target, PADDING if key.padding else key.index
+
+
+def collate(samples: Sequence[tuple[Tensor, int, int]]) -> Batch:
+    """Put samples into a batch of images."""
+    images, targets, indices = zip(*samples, strict=True)
+    return Batch(torch.stack(images), torch.tensor(targets), torch.tensor(indices), None)
+
+
+class EpochLoader:
+    """Iterate the batches of an epoch; the state counts the batches that were handed out, not those prefetched.
+
+    This is no ``torch.utils.data.DataLoader``, so that Lightning leaves its order alone: Lightning would shuffle it, cut
+    it among the ranks and pad it in its own way.
+
+    Args:
+        dataset: Samples by :class:`Key`.
+        batches: The order.
+        num_workers: Processes that prepare samples; 0 prepares them in this one.
+        pin_memory: Put batches into pinned memory, for a GPU.
+    """
+
+    def __init__(self, dataset: Dataset[Batch], batches: EpochBatches, *, num_workers: int, pin_memory: bool) -> None:
+        self.sampler = self.batch_sampler = batches  # where Lightning looks for set_epoch, and for shuffling
+        self._consumed = 0
+        self._resume_at = (-1, 0)
+        self._loader: DataLoader[Batch] = DataLoader(
+            dataset,
+            batch_sampler=batches,
+            num_workers=num_workers,
+            collate_fn=collate,
+            pin_memory=pin_memory,
+            persistent_workers=num_workers > 0,
+            generator=torch.Generator(),  # else every epoch would draw from the global generator
+        )
+
+    def __len__(self) -> int:
+        return len(self.sampler)
+
+    def __iter__(self) -> Iterator[Batch]:
+        # A generator: it looks at the epoch when the first batch is asked for, since Lightning makes the iterator of a
+        # resumed run before it says which epoch it is.
+        epoch, consumed = self._resume_at
+        self._consumed = self.sampler.start = consumed if epoch == self.sampler.epoch else 0
+        for batch in self._loader:
+            self._consumed += 1
+            yield batch
+
+    def state_dict(self) -> dict[str, int]:
+        """Return the epoch and how many of its batches were handed out."""
+        return {"epoch": self.sampler.epoch, "batches": self._consumed}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Go on after the batches of a saved state, if its epoch comes next."""
+        self._resume_at = (state["epoch"], state["batches"])

@@ -1,0 +1,67 @@
+"""Read an image file, of whatever kind, as the RGB picture that a person sees."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+WHITE = (255, 255, 255)
+
+SUFFIXES = frozenset(
+    {".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
+)
+"""Endings, in lower case, of the files that count as images."""
+
+_SIXTEEN_BIT = ("I;16", "I;16L", "I;16B", "I;16N", "I")
+
+
+def to_rgb(image: Image.Image, background: tuple[int, int, int] = WHITE) -> Image.Image:
+    """Turn an image of any mode into the RGB image that a viewer would show.
+
+    The camera's rotation is applied, transparency is composited on ``background``, 16 bits per channel become 8 by a
+    fixed scale (65535 becomes 255), and palettes, grey and CMYK become RGB. An RGB image stays as it is, bit for bit.
+
+    Args:
+        image: The image; of several frames, the current one.
+        background: Red, green and blue from 0 to 255.
+
+    Raises:
+        ValueError: The image holds floating-point numbers, whose scale is not known.
+    """
+    image = ImageOps.exif_transpose(image)
+    if image.mode == "F":
+        raise ValueError("holds floating-point pixels, whose scale is not known; save it with 8 or 16 bits per channel")
+    if image.mode in _SIXTEEN_BIT:
+        wide = np.asarray(image).astype(np.int64).clip(0, 65535)
+        narrow = Image.fromarray(((wide + 128) // 257).astype(np.uint8))
+        transparent = image.info.get("transparency")
+        if isinstance(transparent, int):
+            narrow.putalpha(Image.fromarray(np.where(wide == transparent, 0, 255).astype(np.uint8)))
+        image = narrow
+    if image.has_transparency_data:
+        layer = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", layer.size, (*background, 255)), layer)
+    return image.convert("RGB")
+
+
+def read_image(path: str | Path, background: tuple[int, int, int] = WHITE) -> Tensor:
+    """Read an image file.
+
+    Args:
+        path: The file.
+        background: What transparent parts show: red, green and blue from 0 to 255.
+
+    Returns:
+        The image, uint8 of shape (3, H, W).
+
+    Raises:
+        ValueError: The file is missing, is no image, is cut short, or holds floating-point pixels; the message names it.
+    """
+    try:
+        with Image.open(path) as image:
+            rgb = to_rgb(image, background)
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(f"cannot read the image {str(path)!r}: {error}") from error
+    return torch.from_numpy(np.asarray(rgb).copy()).permute(2, 0, 1).contiguous()

@@ -1,0 +1,141 @@
+"""What an object was made of, as primitives: written into a checkpoint, and made again from one.
+
+A checkpoint is data from elsewhere, so it may name only classes of a few libraries or of modules that the program has
+imported itself; nothing in it is executed or unpickled.
+"""
+
+import functools
+import importlib
+import inspect
+import sys
+from typing import Any
+
+from torch import Tensor, nn
+
+TRUSTED_PACKAGES = ("tl_lightning", "torch", "torchvision", "timm")
+
+_KIND = "__made_of__"
+_PRIMITIVES = (type(None), bool, int, float, str)
+
+
+class Recorded:
+    """Remember the arguments that an object was made with, under whatever names its own class gives them."""
+
+    init_args: tuple[tuple[Any, ...], dict[str, Any]]
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> "Recorded":
+        self = super().__new__(cls)
+        try:
+            bound = inspect.signature(cls.__init__).bind(self, *args, **kwargs)
+        except TypeError:
+            return self  # a copy, which brings its own state; or wrong arguments, which __init__ is about to report
+        bound.apply_defaults()
+        named: dict[str, Any] = {}
+        extra: tuple[Any, ...] = ()
+        for name, parameter in list(inspect.signature(cls.__init__).parameters.items())[1:]:
+            if parameter.kind is parameter.VAR_POSITIONAL:
+                extra = bound.arguments.get(name, ())
+            elif parameter.kind is parameter.VAR_KEYWORD:
+                named.update(bound.arguments.get(name, {}))
+            else:
+                named[name] = bound.arguments[name]
+        if extra:  # with *args in the signature, what stands before it can only be given by position again
+            before = [n for n, p in inspect.signature(cls.__init__).parameters.items() if p.kind is p.POSITIONAL_OR_KEYWORD]
+            extra = (*(named.pop(name) for name in before[1:]), *extra)
+        object.__setattr__(self, "init_args", (extra, named))
+        return self
+
+
+def class_path(cls: type) -> str:
+    """Return the dotted path by which a class is imported.
+
+    Raises:
+        ValueError: The class is local to a function, or a lambda, so that no checkpoint could bring it back.
+    """
+    if getattr(sys.modules.get(cls.__module__), cls.__qualname__, None) is not cls:
+        raise ValueError(
+            f"{cls.__module__}.{cls.__qualname__} cannot be imported by its name, so no checkpoint could bring it back; "
+            "define it at the top level of a module"
+        )
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def describe(value: Any) -> Any:
+    """Turn a value into primitives from which :func:`rebuild` makes its equal.
+
+    Args:
+        value: A primitive, a tensor, a list, tuple or dict of describable values, an importable class, a
+            ``functools.partial`` of one, or an object whose class is :class:`Recorded`.
+
+    Raises:
+        ValueError: The value is none of these: a lambda or another function, a local class, an unrecorded object.
+    """
+    if isinstance(value, (*_PRIMITIVES, Tensor)):
+        return value
+    if isinstance(value, (list, tuple)):
+        return [describe(item) for item in value]
+    if isinstance(value, dict):
+        return {describe(key): describe(item) for key, item in value.items()}
+    if isinstance(value, type):
+        return {_KIND: "class", "class_path": class_path(value)}
+    if isinstance(value, functools.partial) and isinstance(value.func, type):
+        return _made_of("partial", value.func, value.args, value.keywords)
+    if isinstance(value, Recorded):
+        return _made_of("object", type(value), *value.init_args)
+    name = getattr(value, "__qualname__", type(value).__qualname__)
+    raise ValueError(
+        f"{name} cannot be written into a checkpoint; give an importable class, a functools.partial of one, or numbers, "
+        "strings and lists of them"
+    )
+
+
+def _made_of(kind: str, cls: type, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    described = {_KIND: kind, "class_path": class_path(cls), "init_args": describe(dict(kwargs))}
+    return described | ({"args": describe(list(args))} if args else {})
+
+
+def rebuild(described: Any) -> Any:
+    """Make again what :func:`describe` described.
+
+    Raises:
+        ValueError: It names a class that is neither a known library's nor in a module imported before.
+    """
+    if isinstance(described, list):
+        return [rebuild(item) for item in described]
+    if not isinstance(described, dict):
+        return described
+    if _KIND not in described:
+        return {key: rebuild(item) for key, item in described.items()}
+    cls = known_class(described["class_path"])
+    if described[_KIND] == "class":
+        return cls
+    args, kwargs = rebuild(described.get("args", [])), rebuild(described["init_args"])
+    return functools.partial(cls, *args, **kwargs) if described[_KIND] == "partial" else cls(*args, **kwargs)
+
+
+def known_class(path: str) -> type[nn.Module]:
+    """Find the class that a checkpoint names, if a checkpoint may name it.
+
+    Args:
+        path: The dotted path of a subclass of ``torch.nn.Module``.
+
+    Raises:
+        ValueError: The class is not of a trusted package, nor in a module that the program has imported; or it does not
+            exist, or is no ``nn.Module``.
+    """
+    module_name, _, name = path.rpartition(".")
+    if module_name not in sys.modules:
+        if module_name.partition(".")[0] not in TRUSTED_PACKAGES:
+            raise ValueError(
+                f"the checkpoint names the class {path!r}; a checkpoint may name classes of "
+                f"{', '.join(TRUSTED_PACKAGES)}, and of modules that are imported already. If you trust it, import "
+                f"{module_name or path!r} before you load the checkpoint"
+            )
+        try:
+            importlib.import_module(module_name)
+        except ImportError as error:
+            raise ValueError(f"the checkpoint names the class {path!r}, and {module_name!r} cannot be imported") from error
+    cls = getattr(sys.modules[module_name], name, None)
+    if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
+        raise ValueError(f"the checkpoint names {path!r} as a class; that is not a subclass of torch.nn.Module here")
+    return cls

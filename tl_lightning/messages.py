@@ -1,0 +1,26 @@
+"""Wording that errors share."""
+
+import difflib
+from collections.abc import Iterable
+
+_LISTED = 40
+
+
+def unknown(kind: str, given: object, allowed: Iterable[object], *, of: str = "") -> str:
+    """Say that a name is unknown, which one was probably meant, and which there are.
+
+    Args:
+        kind: What the name names, as ``"stage"``.
+        given: The unknown name.
+        allowed: The known names.
+        of: What the known names belong to.
+
+    Example:
+        >>> unknown("stage", "layer5", ["stem", "layer1"], of="resnet18")
+        "unknown stage 'layer5'; did you mean 'layer1'? resnet18 has stem, layer1"
+    """
+    names = [str(name) for name in allowed]
+    close = difflib.get_close_matches(str(given), names, n=3, cutoff=0.5)
+    hint = f"did you mean {' or '.join(repr(name) for name in close)}? " if close else ""
+    listed = ", ".join(names[:_LISTED]) + (f" and {len(names) - _LISTED} more" if len(names) > _LISTED else "")
+    return f"unknown {kind} {given!r}; {hint}{of + ' has' if of else 'there are'} {listed}"

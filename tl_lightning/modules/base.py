@@ -1,0 +1,243 @@
+"""What all strategies share."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor, nn
+from torchmetrics import MeanMetric, MetricCollection
+from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
+from typing_extensions import Self
+
+from tl_lightning import freezing, optim
+from tl_lightning.backbones import Backbone
+from tl_lightning.batch import PADDING, Batch, NamesClasses
+from tl_lightning.chance import run_seed, seed_torch
+from tl_lightning.heads import LinearHead
+from tl_lightning.makeup import Recorded
+from tl_lightning.memory import keep_freed_memory
+from tl_lightning.modules import checkpoint as checkpoints
+
+HEAD = "head"
+"""As a boundary: the pooled features; as a first trainable stage: none of the backbone."""
+
+
+class TransferClassifier(Recorded, LightningModule):
+    """Train a head on a pre-trained backbone that does not move.
+
+    A subclass for research overrides one of :meth:`build_head`, :meth:`compute_loss`, :meth:`build_metrics`.
+
+    Args:
+        backbone: The pre-trained network.
+        num_classes: Number K of classes.
+        class_names: Names of the classes, in the order of their numbers; None takes them from the data module.
+        lr: Learning rate of the head, per optimizer step.
+        optimizer: Makes the optimizer from parameter groups, without a learning rate; None makes AdamW.
+        scheduler: Makes the learning-rate schedule from the optimizer; None warms up and follows a cosine, by step.
+        scheduler_interval: What the given scheduler counts.
+
+    Raises:
+        ValueError: Fewer than two classes, another number of names than classes, or arguments that no checkpoint could
+            bring back.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        num_classes: int,
+        class_names: Sequence[str] | None = None,
+        lr: float = 1e-3,
+        optimizer: OptimizerCallable | None = None,
+        scheduler: LRSchedulerCallable | None = None,
+        scheduler_interval: Literal["epoch", "step"] = "epoch",
+    ) -> None:
+        super().__init__()
+        if num_classes < 2:
+            raise ValueError(f"num_classes is {num_classes}; a classifier needs at least 2")
+        self.backbone = backbone
+        self.num_classes = num_classes
+        self.class_names = None if class_names is None else tuple(class_names)
+        self.lr = lr
+        self.optimizer = optimizer
+        self.scheduler = scheduler
+        self.scheduler_interval = scheduler_interval
+        self._check_names(self.class_names)
+        checkpoints.check(self)  # now, not when the first checkpoint is due
+
+        self.head = self.build_head(backbone.feature_dim, num_classes)
+        self.train_loss, self.val_loss, self.test_loss = (MeanMetric(nan_strategy="disable") for _ in range(3))
+        metrics = self.build_metrics()
+        self.val_metrics, self.test_metrics = metrics.clone(prefix="val_"), metrics.clone(prefix="test_")
+        freezing.freeze(backbone)
+
+    # Hooks for subclasses -------------------------------------------------------------------------------------------
+
+    def build_head(self, in_features: int, num_classes: int) -> nn.Module:
+        """Build the head: (N, ``in_features``) to (N, ``num_classes``)."""
+        return LinearHead(in_features, num_classes)
+
+    def compute_loss(self, logits: Tensor, target: Tensor) -> Tensor:
+        """Compute the mean loss of a batch.
+
+        Shape:
+            logits: (N, K); target: (N,). Output: ().
+        """
+        return nn.functional.cross_entropy(logits, target)
+
+    def build_metrics(self) -> MetricCollection:
+        """Build the metrics of validation and test; their names are logged after ``val_`` and ``test_``."""
+        return MetricCollection(
+            {
+                "accuracy": MulticlassAccuracy(self.num_classes, average="micro"),
+                "f1": MulticlassF1Score(self.num_classes, average="macro"),
+            }
+        )
+
+    # Computation ----------------------------------------------------------------------------------------------------
+
+    @property
+    def frozen_parts(self) -> tuple[nn.Module, ...]:
+        """The parts that do not move."""
+        return (self.backbone,)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Compute class scores.
+
+        Shape:
+            images: (N, 3, H, W). Output: (N, K).
+        """
+        return self.forward_from(images, None)
+
+    def forward_from(self, inputs: Tensor, boundary: str | None) -> Tensor:
+        """Continue from a boundary to class scores.
+
+        Args:
+            inputs: Images (N, 3, H, W), or what the backbone's part before ``boundary`` made of them.
+            boundary: First stage that is still to come, ``"head"`` if none is; None for images.
+
+        Shape:
+            Output: (N, K).
+        """
+        if boundary != HEAD:
+            rest = self.backbone if boundary is None else self.backbone.split(boundary)[1]
+            with freezing.as_frozen(inputs.device.type):
+                inputs = rest(inputs)
+        logits: Tensor = self.head(inputs)
+        return logits
+
+    def train(self, mode: bool = True) -> Self:
+        """Switch everything but the frozen parts to train mode, or everything to eval mode."""
+        super().train(mode)
+        freezing.hold(self.frozen_parts)
+        return self
+
+    # Lightning's hooks ----------------------------------------------------------------------------------------------
+
+    def setup(self, stage: str) -> None:
+        """Take the names of the classes from the data module, or check them against it.
+
+        Raises:
+            ValueError: The data have other classes.
+        """
+        if self.trainer.strategy.root_device.type == "cpu":
+            keep_freed_memory()
+        data = getattr(self.trainer, "datamodule", None)
+        if stage == "predict" or not isinstance(data, NamesClasses):
+            return
+        names = tuple(data.class_names)
+        self._check_names(names)
+        if self.class_names is not None and self.class_names != names:
+            raise ValueError(
+                f"the model's classes are {', '.join(self.class_names)}, and the data's are {', '.join(names)}; both must be "
+                "the same, in the same order"
+            )
+        self.class_names = names
+
+    def _check_names(self, names: Sequence[str] | None) -> None:
+        if names is not None and len(names) != self.num_classes:
+            raise ValueError(
+                f"num_classes is {self.num_classes}, and there are {len(names)} classes in the data: {', '.join(names)}; "
+                "leave num_classes out on the command line, and pass num_classes=data.num_classes in Python"
+            )
+
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        """Draw dropout from the place in the run, so that a resumed run draws as an uninterrupted one."""
+        freezing.hold(self.frozen_parts)
+        seed_torch(run_seed(), "step", self.trainer.global_step, batch_idx, self.trainer.global_rank)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        logits = self.forward_from(batch.inputs, batch.boundary)
+        loss = self.compute_loss(logits, batch.target)
+        self.train_loss.update(loss.detach(), len(logits))
+        self.log("train_loss", self.train_loss, on_step=False, on_epoch=True, prog_bar=True)
+        return loss
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        self._evaluate(batch, "val_loss", self.val_loss, self.val_metrics)
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        self._evaluate(batch, "test_loss", self.test_loss, self.test_metrics)
+
+    def _evaluate(self, batch: Batch, loss_name: str, loss: MeanMetric, metrics: MetricCollection) -> None:
+        logits = self.forward_from(batch.inputs, batch.boundary)
+        real = batch.index != PADDING
+        if bool(real.any()):
+            logits, target = logits[real], batch.target[real]
+            loss.update(self.compute_loss(logits, target), len(logits))
+            metrics.update(logits, target)
+        self.log(loss_name, loss, on_step=False, on_epoch=True, prog_bar=True)
+        self.log_dict(metrics, on_step=False, on_epoch=True, prog_bar=True)
+
+    def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Compute the probability of each class.
+
+        Shape:
+            Output: (N, K), rows of padding included; ``batch.index`` tells which these are.
+        """
+        return self.forward_from(batch.inputs, batch.boundary).float().softmax(-1)
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """Make the optimizer over named groups, and the schedule."""
+        trainable = [(name, p) for name, p in self.named_parameters() if p.requires_grad]
+        optimizer = optim.build_optimizer(optim.parameter_groups(trainable, name=HEAD, lr=self.lr), self.optimizer)
+        if self.scheduler is None:
+            total_steps = self.trainer.estimated_stepping_batches
+            if total_steps == float("inf"):
+                raise ValueError("the schedule needs the length of the run: set max_epochs or max_steps, or a scheduler")
+            schedule = optim.warmup_cosine(optimizer, int(total_steps))
+            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+        schedule_by_user = self.scheduler(optimizer)
+        config: dict[str, Any] = {"scheduler": schedule_by_user, "interval": self.scheduler_interval}
+        if isinstance(schedule_by_user, torch.optim.lr_scheduler.ReduceLROnPlateau):
+            config["monitor"] = getattr(schedule_by_user, "monitor", "val_loss")
+        return {"optimizer": optimizer, "lr_scheduler": config}
+
+    # Checkpoints ----------------------------------------------------------------------------------------------------
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add what this classifier is made of, so that the checkpoint is enough to make it again."""
+        checkpoint[checkpoints.KEY] = checkpoints.describe(self)
+
+    @classmethod
+    def load_from_checkpoint(  # type: ignore[override] # a checkpoint is enough: it takes no hyperparameters
+        cls, checkpoint_path: str | Path, map_location: str | torch.device | None = None
+    ) -> Self:
+        """Make the classifier of a checkpoint, without a network, a download or another argument.
+
+        Args:
+            checkpoint_path: The file.
+            map_location: Device of the weights; None takes the CPU.
+
+        Returns:
+            The classifier, in eval mode; of the class that was saved, which is this one or a subclass.
+
+        Raises:
+            FileNotFoundError: There is no such file.
+            ValueError: The file is no checkpoint of this library, is damaged, was saved by another class, or names classes
+                that a checkpoint may not name.
+        """
+        return checkpoints.load(cls, checkpoint_path, map_location)

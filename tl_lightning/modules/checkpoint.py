@@ -1,0 +1,127 @@
+"""What a classifier is made of, inside its checkpoint."""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+
+from tl_lightning import makeup
+from tl_lightning.freezing import fingerprint
+from tl_lightning.transforms import Preprocessing
+
+if TYPE_CHECKING:
+    from tl_lightning.modules.base import TransferClassifier
+
+    _C = TypeVar("_C", bound=TransferClassifier)
+
+KEY = "tl_lightning"
+FORMAT = 1
+
+TRAINING_ONLY = ("optimizer", "scheduler")
+"""Arguments that only training needs: anything callable is allowed, and a checkpoint does not bring them back."""
+
+
+def check(classifier: TransferClassifier) -> None:
+    """Make sure that a checkpoint could describe the classifier.
+
+    Raises:
+        ValueError: Some argument of it, or of its backbone, has no description.
+    """
+    _describe_object(classifier)
+
+
+def _describe_object(classifier: TransferClassifier) -> dict[str, Any]:
+    positional, named = classifier.init_args
+    if not any(value is classifier.backbone for value in (*positional, *named.values())):
+        raise ValueError(f"{type(classifier).__name__} could not be saved: it must take its backbone as an argument")
+    named = {key: value for key, value in named.items() if key not in (*TRAINING_ONLY, "backbone", "class_names")}
+    positional = tuple(value for value in positional if value is not classifier.backbone)
+    try:
+        return {
+            "class_path": makeup.class_path(type(classifier)),
+            "args": makeup.describe(positional),
+            "init_args": makeup.describe(named),
+            "backbone": makeup.describe(classifier.backbone),
+        }
+    except ValueError as error:
+        raise ValueError(f"{type(classifier).__name__} could not be saved: {error}") from error
+
+
+def describe(classifier: TransferClassifier) -> dict[str, Any]:
+    """Describe a classifier in primitives."""
+    return {
+        "format": FORMAT,
+        "version": version("tl_lightning"),
+        "model": _describe_object(classifier),
+        "class_names": None if classifier.class_names is None else list(classifier.class_names),
+        "preprocessing": list(classifier.backbone.preprocessing),
+        "hashes": {"backbone": fingerprint(classifier.backbone)},
+    }
+
+
+def read(path: str | Path, map_location: str | torch.device | None = None) -> dict[str, Any]:
+    """Read a checkpoint without executing anything in it.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: It is no checkpoint, or none of this library, or of a later format.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"the checkpoint {str(path)!r} does not exist (looked in {path.resolve().parent})")
+    try:
+        checkpoint = torch.load(path, map_location=map_location or "cpu", weights_only=True)
+    except Exception as error:  # noqa: BLE001 - the reader raises half a dozen kinds; the message names the file in all
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"the checkpoint {str(path)!r} cannot be read safely ({type(error).__name__}: {reason})") from error
+    if not (isinstance(checkpoint, dict) and isinstance(checkpoint.get(KEY), dict)):
+        raise ValueError(
+            f"{str(path)!r} is not a checkpoint of tl_lightning: it does not say what its model is made of. The weights of a "
+            "backbone are loaded with the backbone's argument 'weights'"
+        )
+    if checkpoint[KEY]["format"] > FORMAT:
+        raise ValueError(
+            f"{str(path)!r} was written by tl_lightning {checkpoint[KEY]['version']}, in a later format; update tl_lightning"
+        )
+    found: dict[str, Any] = checkpoint
+    return found
+
+
+def load(cls: type[_C], path: str | Path, map_location: str | torch.device | None) -> _C:
+    """Make the classifier of a checkpoint; see :meth:`TransferClassifier.load_from_checkpoint`."""
+    checkpoint = read(path, map_location)
+    made_of = checkpoint[KEY]
+    described = made_of["model"]
+    saved = makeup.known_class(described["class_path"])
+    if not issubclass(saved, cls):
+        raise ValueError(
+            f"{str(path)!r} holds a {described['class_path']}, which is no {cls.__name__}; load it with "
+            f"{saved.__name__}.load_from_checkpoint, or TransferClassifier's, which loads any"
+        )
+    backbone = described["backbone"]
+    if "weights" in backbone["init_args"]:
+        backbone = backbone | {"init_args": backbone["init_args"] | {"weights": None}}
+    rebuilt = makeup.rebuild(backbone)
+    rebuilt.preprocessing = Preprocessing(*(tuple(v) if isinstance(v, list) else v for v in made_of["preprocessing"]))
+    names = made_of["class_names"]
+    args, kwargs = makeup.rebuild(described["args"]), makeup.rebuild(described["init_args"])
+    if args:  # a signature with *args: the backbone comes first
+        args = [rebuilt, *args]
+    else:
+        kwargs["backbone"] = rebuilt
+    classifier = saved(*args, **kwargs)
+    classifier.class_names = None if names is None else tuple(names)
+    missing, unexpected = classifier.load_state_dict(checkpoint["state_dict"], strict=False)
+    if missing or unexpected:
+        raise ValueError(
+            f"the weights in {str(path)!r} do not fit {saved.__name__}: missing {missing[:5]}, unknown {unexpected[:5]}. Has "
+            "its code changed since?"
+        )
+    if fingerprint(classifier.backbone) != made_of["hashes"]["backbone"]:
+        raise ValueError(f"the backbone in {str(path)!r} is not the one that was saved: the file is damaged")
+    if map_location is not None:
+        classifier = classifier.to(map_location)
+    return classifier.eval()

@@ -1,0 +1,71 @@
+"""Optimizers over named groups, and schedules."""
+
+import inspect
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from torch import nn
+from torch.optim import AdamW, Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+WARMUP_SHARE = 0.05
+
+
+def parameter_groups(parameters: Iterable[tuple[str, nn.Parameter]], *, name: str, lr: float) -> list[dict[str, Any]]:
+    """Make optimizer groups of parameters that share a learning rate; scales and biases are not decayed.
+
+    A parameter of one dimension is a bias or the scale of a norm, which weight decay only harms
+    (https://arxiv.org/abs/1812.01187, section 3.1). The decayed group takes the optimizer's own weight decay.
+
+    Args:
+        parameters: Parameters by name.
+        name: Name of the decayed group; the other one has ``_no_decay`` after it.
+        lr: Learning rate per step.
+    """
+    members = list(parameters)
+    groups = [
+        {"name": name, "params": [p for _, p in members if p.ndim >= 2], "lr": lr},
+        {"name": f"{name}_no_decay", "params": [p for _, p in members if p.ndim < 2], "lr": lr, "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def build_optimizer(
+    groups: list[dict[str, Any]], optimizer: Callable[[list[dict[str, Any]]], Optimizer] | None
+) -> Optimizer:
+    """Build the user's optimizer, or AdamW, over the groups.
+
+    Raises:
+        ValueError: The optimizer brings a learning rate of its own beside those of the groups.
+    """
+    if optimizer is None:
+        return AdamW(groups)
+    built = optimizer(groups)
+    default = inspect.signature(type(built)).parameters["lr"].default
+    if built.defaults["lr"] != default and any(group["lr"] != built.defaults["lr"] for group in groups):
+        raise ValueError(
+            f"{type(built).__name__} was given lr={built.defaults['lr']}, which would be ignored: the learning rates are the "
+            f"module's own ({', '.join(sorted({str(group['lr']) for group in groups}))}). Give the rate to the module "
+            "(model.init_args.lr) and leave it out of the optimizer"
+        )
+    return built
+
+
+def warmup_cosine(optimizer: Optimizer, total_steps: int) -> LambdaLR:
+    """Raise every group's rate linearly over the first 5 % of the steps, then let it fall to 0 along a half cosine.
+
+    Warm-up: https://arxiv.org/abs/1706.02677; cosine: https://arxiv.org/abs/1608.03983.
+
+    Args:
+        optimizer: Its groups keep their ratios.
+        total_steps: Optimizer steps of the whole run.
+    """
+    warmup = max(1, round(WARMUP_SHARE * total_steps))
+
+    def factor(step: int) -> float:
+        if step < warmup:
+            return (step + 1) / (warmup + 1)
+        return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warmup) / max(1, total_steps - warmup))))
+
+    return LambdaLR(optimizer, factor)
