@@ -43,7 +43,7 @@ class TorchvisionBackbone(TracedBackbone):
         published = torchvision.models.get_model_weights(name)
         member: WeightsEnum | None = None
         if weights is not None and not is_path(weights):
-            names = ["DEFAULT", *published.__members__]
+            names = list(published.__members__)  # DEFAULT among them
             if weights not in names:
                 choice = unknown("weights", weights, names, of=name)
                 raise ValueError(f"{choice}; a path ending in .pth or .safetensors, or None, does as well")

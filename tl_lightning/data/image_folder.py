@@ -76,6 +76,7 @@ class ImageFolderDataModule(LightningDataModule):
         self.background = (background[0], background[1], background[2])
         self.seed = run_seed() if seed is None else seed
         self.preprocessing = preprocessing
+        self._loaders: list[EpochLoader] = []
         self._train_loader: EpochLoader | None = None
         self._resume_at: dict[str, int] | None = None
 
@@ -143,14 +144,12 @@ class ImageFolderDataModule(LightningDataModule):
         Raises:
             ValueError: The preprocessing is missing, or what :attr:`splits` and :attr:`predict_files` raise.
         """
-        if self.preprocessing is None:
-            raise ValueError(
-                f"{type(self).__name__} has no preprocessing, so it cannot know which size and scale the backbone wants; "
-                "pass preprocessing=backbone.preprocessing"
-            )
+        self._known_preprocessing()
         if stage == "predict":
             _ = self.predict_files
-        elif stage == "test" and "test" not in self.splits:
+            return
+        splits = self.splits
+        if stage == "test" and "test" not in splits:
             raise ValueError(
                 f"{str(self.root)!r} holds no test images: it has split folders, and none called 'test', or test_fraction "
                 "is 0. Add the folder, or use 'validate'"
@@ -176,6 +175,12 @@ class ImageFolderDataModule(LightningDataModule):
     def predict_dataloader(self) -> EpochLoader:
         """Load all images below the root, in the order of their paths."""
         return self._loader(self.predict_files, None, eval_transform(self._known_preprocessing()), shuffle=False)
+
+    def teardown(self, stage: str) -> None:
+        """End the processes that load images."""
+        for loader in self._loaders:
+            loader.close()
+        self._loaders.clear()
 
     def state_dict(self) -> dict[str, Any]:
         """Return what identifies the split, and the place in the training data, for a checkpoint.
@@ -217,8 +222,10 @@ class ImageFolderDataModule(LightningDataModule):
 
     def _known_preprocessing(self) -> Preprocessing:
         if self.preprocessing is None:
-            self.setup("")
-        assert self.preprocessing is not None
+            raise ValueError(
+                f"{type(self).__name__} has no preprocessing, so it cannot know which size and scale the backbone wants; "
+                "pass preprocessing=backbone.preprocessing"
+            )
         return self.preprocessing
 
     def _eval_loader(self, split: str) -> EpochLoader:
@@ -238,7 +245,8 @@ class ImageFolderDataModule(LightningDataModule):
         read = _Reader(self.root, files, self.background)
         dataset = ImageDataset(read, targets, transform, self.seed)
         workers = self._default_workers() if self.num_workers is None else self.num_workers
-        return EpochLoader(dataset, batches, num_workers=workers, pin_memory=on_gpu)
+        self._loaders.append(EpochLoader(dataset, batches, num_workers=workers, pin_memory=on_gpu))
+        return self._loaders[-1]
 
     def _default_workers(self) -> int:
         processes = self.trainer.num_devices if self.trainer is not None else 1

@@ -6,6 +6,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from tl_lightning.batch import PADDING, UNLABELLED, Batch
 from tl_lightning.chance import seeded
@@ -92,6 +93,13 @@ class EpochLoader:
         for batch in self._loader:
             self._consumed += 1
             yield batch
+
+    def close(self) -> None:
+        """End the worker processes, which would otherwise stay until Python gets round to it."""
+        iterator = self._loader._iterator
+        if isinstance(iterator, _MultiProcessingDataLoaderIter):
+            iterator._shutdown_workers()
+        self._loader._iterator = None
 
     def state_dict(self) -> dict[str, int]:
         """Return the epoch and how many of its batches were handed out."""

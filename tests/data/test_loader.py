@@ -1,0 +1,99 @@
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from tl_lightning.batch import PADDING, Batch
+from tl_lightning.data.loader import EpochLoader, ImageDataset
+from tl_lightning.data.order import EpochBatches
+
+
+def read(index: int) -> Tensor:
+    return torch.full((3, 4, 4), index, dtype=torch.uint8)
+
+
+def add_noise(image: Tensor) -> Tensor:
+    return image.float() + torch.rand(())
+
+
+def loader(workers: int = 0, *, shuffle: bool = True, length: int = 23, rank: int = 0, world: int = 1) -> EpochLoader:
+    dataset = ImageDataset(read, [i % 3 for i in range(length)], add_noise, seed=5)
+    batches = EpochBatches(length, 4, shuffle=shuffle, seed=5, rank=rank, world_size=world)
+    return EpochLoader(dataset, batches, num_workers=workers, pin_memory=False)
+
+
+def values(batches: Iterator[Batch]) -> list[list[float]]:
+    return [batch.inputs[:, 0, 0, 0].tolist() for batch in batches]
+
+
+def test_batches_are_the_same_with_any_number_of_workers() -> None:
+    loaders = [loader(workers) for workers in (0, 1, 3)]
+    for epoch in (0, 1):
+        for each in loaders:
+            each.sampler.set_epoch(epoch)
+        first, *others = [values(iter(each)) for each in loaders]
+        assert all(other == first for other in others), epoch
+
+
+def test_augmentation_depends_on_epoch_and_sample_alone() -> None:
+    each = loader()
+    seen = {}
+    for epoch in (0, 1, 0):
+        each.sampler.set_epoch(epoch)
+        for batch in each:
+            for index, value in zip(batch.index.tolist(), batch.inputs[:, 0, 0, 0].tolist(), strict=True):
+                assert seen.setdefault((epoch, index), value) == value
+    assert len(set(seen.values())) == 46
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("left_after", [0, 1, 4, 6])
+def test_state_counts_what_was_handed_out(workers: int, left_after: int) -> None:
+    whole = loader(workers)
+    whole.sampler.set_epoch(2)
+    expected = values(iter(whole))
+    left = loader(workers)
+    left.sampler.set_epoch(2)
+    iterator = iter(left)
+    for _ in range(left_after):
+        next(iterator)
+    state = left.state_dict()
+    assert left_after == 0 or state == {"epoch": 2, "batches": left_after}
+    taken_up = loader(workers)
+    taken_up.load_state_dict(state)
+    resumed = iter(taken_up)  # Lightning makes the iterator before it says which epoch it is
+    taken_up.sampler.set_epoch(2)
+    assert values(resumed) == expected[left_after:]
+    taken_up.sampler.set_epoch(3)
+    whole.sampler.set_epoch(3)
+    assert values(iter(taken_up)) == values(iter(whole)), "the next epoch is whole again"
+
+
+def test_state_of_a_finished_epoch_does_not_shorten_the_next() -> None:
+    each = loader()
+    each.load_state_dict({"epoch": 0, "batches": 6})
+    each.sampler.set_epoch(1)
+    assert len(values(iter(each))) == len(each)
+
+
+def test_global_generator_is_left_alone() -> None:
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    values(iter(loader()))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_padding_is_marked() -> None:
+    parts = [loader(shuffle=False, length=7, rank=r, world=2) for r in (0, 1)]
+    indices = torch.cat([batch.index for part in parts for batch in part])
+    assert sorted(indices[indices != PADDING].tolist()) == list(range(7))
+    assert (indices == PADDING).sum() == 1
+
+
+def test_batch_contract() -> None:
+    batch = next(iter(loader()))
+    assert isinstance(batch, Batch)
+    assert batch.inputs.shape == (4, 3, 4, 4)
+    assert batch.target.dtype == batch.index.dtype == torch.int64
+    assert batch.boundary is None

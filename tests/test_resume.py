@@ -1,0 +1,143 @@
+"""A run that is interrupted anywhere and resumed ends with the same bits as one that is not."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from tests.doubles import DropoutProbe, TinyBackbone
+from tests.ranks import ROOT, run_on_ranks
+from tl_lightning.data import ImageFolderDataModule
+from tl_lightning.freezing import fingerprint
+from tl_lightning.modules import LinearProbe
+
+
+def fit(photos: str, folder: Path, resume: Path | None, world: int, **options: Any) -> tuple[LinearProbe, pl.Trainer]:
+    """Fit with everything that chance is in: order, augmentation in two workers, dropout."""
+    torch.manual_seed(0 if resume is None else 99)  # a resumed process starts from another random state
+    backbone = TinyBackbone()
+    data = ImageFolderDataModule(photos, batch_size=4, num_workers=2, preprocessing=backbone.preprocessing)
+    model = DropoutProbe(backbone, num_classes=3, lr=0.01)
+    every_step = ModelCheckpoint(folder, "step-{step}", save_top_k=-1, every_n_train_steps=1, save_on_train_epoch_end=True)
+    trainer = pl.Trainer(
+        **{  # type: ignore[arg-type]
+            "max_epochs": 3,
+            "accelerator": "cpu",
+            "devices": world,
+            "strategy": "ddp" if world > 1 else "auto",
+            "callbacks": [] if resume else [every_step, *_at_validation_and_epoch_end(folder)],
+            "logger": False,
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            "enable_checkpointing": resume is None,
+        }
+        | options
+    )
+    trainer.fit(model, data, ckpt_path=resume, weights_only=True)
+    return model, trainer
+
+
+def _at_validation_and_epoch_end(folder: Path) -> list[pl.Callback]:
+    return [
+        ModelCheckpoint(folder, "validation-{epoch}", save_top_k=-1, monitor="val_loss", save_on_train_epoch_end=False),
+        ModelCheckpoint(folder, "epoch-{epoch}", save_top_k=-1, save_on_train_epoch_end=True),
+    ]
+
+
+def resume_from_everywhere(photos: str, folder: str, world: int, **options: Any) -> dict[str, list[str]]:
+    """Return the fingerprint of the final weights, uninterrupted first, by the checkpoint that was resumed."""
+    root = Path(folder)
+    model, trainer = fit(photos, root, None, world, **options)
+    rates = [group["lr"] for group in trainer.optimizers[0].param_groups]
+    results = {"uninterrupted": [fingerprint(model), str(rates), str(trainer.global_step)]}
+    trainer.strategy.barrier()
+    for checkpoint in sorted(root.glob("*.ckpt")):
+        model, trainer = fit(photos, root, checkpoint, world, **options)
+        rates = [group["lr"] for group in trainer.optimizers[0].param_groups]
+        results[checkpoint.stem] = [fingerprint(model), str(rates), str(trainer.global_step)]
+    return results
+
+
+def check(results: dict[str, list[str]], steps_per_epoch: int) -> None:
+    saved = {name.partition("=")[0] for name in results}
+    assert saved == {"uninterrupted", "step-step", "validation-epoch", "epoch-epoch"}
+    assert sum(name.startswith("step-") for name in results) == 3 * steps_per_epoch
+    assert {name: result for name, result in results.items() if result != results["uninterrupted"]} == {}
+
+
+@pytest.mark.parametrize(
+    ("options", "steps_per_epoch"),
+    [({}, 8), ({"val_check_interval": 0.5}, 8), ({"accumulate_grad_batches": 3, "gradient_clip_val": 0.1}, 3)],
+)
+def test_one_process(options: dict[str, Any], steps_per_epoch: int, photos: Path, tmp_path: Path) -> None:
+    check(resume_from_everywhere(str(photos), str(tmp_path), 1, **options), steps_per_epoch)
+
+
+def test_two_processes(photos: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoints"
+    both = run_on_ranks(
+        "tests.test_resume", "resume_from_everywhere", tmp_path / "out", photos=str(photos), folder=str(folder)
+    )
+    check(both[0], 4)
+    assert both[0] == both[1], "ranks differ"
+
+
+def test_chance_is_really_in_the_run(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else the tests above would show nothing: another seed gives other weights, and so does each source of chance."""
+    model, _ = fit(str(photos), tmp_path / "a", None, 1)
+    again, _ = fit(str(photos), tmp_path / "b", None, 1)
+    assert fingerprint(model) == fingerprint(again)
+    for source in ("order", "augmentation", "step"):
+        monkeypatch.setattr("tl_lightning.chance.repr", lambda parts, s=source: f"{parts}{s in parts}", raising=False)
+        assert fingerprint(fit(str(photos), tmp_path / source, None, 1)[0]) != fingerprint(model), source
+
+
+SLOW_RUN = """
+import sys, time
+import lightning.pytorch as pl
+from tl_lightning.cli import main
+import tests.doubles
+pl.LightningModule.on_train_batch_end = lambda self, *a: time.sleep(0.15)
+main(sys.argv[1:])
+"""
+
+
+@pytest.mark.slow
+def test_killed_command_line_goes_on_from_last(photos: Path, tmp_path: Path) -> None:
+    def command(folder: str, *more: str) -> list[str]:
+        return [
+            *(sys.executable, "-W", "ignore", "-c", SLOW_RUN, "fit"),
+            *("--backbone", "tests.doubles.TinyBackbone", "--model", "tests.doubles.DropoutProbe", "--model.lr", "0.01"),
+            *("--data", "ImageFolderDataModule", "--data.root", str(photos), "--data.batch_size", "4"),
+            *("--trainer.max_epochs", "4", "--trainer.default_root_dir", str(tmp_path / folder)),
+            *more,
+        ]
+
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    subprocess.run(command("peace"), check=True, env=environment, capture_output=True)  # noqa: S603
+    victim = subprocess.Popen(  # noqa: S603
+        command("killed"), env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+    )
+    last = tmp_path / "killed" / "version_0" / "checkpoints" / "last.ckpt"
+    deadline = time.monotonic() + 120
+    while not (last.exists() and torch.load(last, weights_only=True)["epoch"] >= 1):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    os.killpg(victim.pid, signal.SIGKILL)
+    victim.wait()
+    assert torch.load(last, weights_only=True)["epoch"] < 3, "it was over before it was killed"
+    subprocess.run(command("killed", "--ckpt_path", str(last)), check=True, env=environment, capture_output=True)  # noqa: S603
+    assert [path.name for path in (tmp_path / "killed").iterdir()] == ["version_0"], "it goes on in its own folder"
+    ends = [torch.load(tmp_path / run / "version_0/checkpoints/last.ckpt", weights_only=True) for run in ("peace", "killed")]
+    for name, tensor in ends[0]["state_dict"].items():
+        assert torch.equal(tensor, ends[1]["state_dict"][name]), name
+    best = [tmp_path / run / "version_0/checkpoints/best.ckpt" for run in ("peace", "killed")]
+    assert len({fingerprint(LinearProbe.load_from_checkpoint(path)) for path in best}) == 1
