@@ -51,8 +51,10 @@ class TinyBackbone(TracedBackbone):
             torch.manual_seed(seed if weights is not None else 1000 + seed)
             net = TinyNet()
             for name, buffer in net.named_buffers():
-                if name.endswith(("running_mean", "running_var")):
-                    buffer.uniform_(0.5, 1.5)
+                if name.endswith("running_mean"):
+                    buffer.normal_(0, 0.1)
+                elif name.endswith("running_var"):
+                    buffer.uniform_(0.02, 0.06)  # so that the features do not die out
         super().__init__(net, "tiny", TINY)
 
 

@@ -29,6 +29,10 @@ def free_port() -> int:
         return port
 
 
+def _ends(logs: list[Path]) -> str:
+    return "".join(log.read_text()[-4000:] for log in logs)
+
+
 def run_on_ranks(module: str, name: str, out: Path, world: int = 2, **arguments: Any) -> list[Any]:
     """Call ``module.name(world=world, **arguments)`` on every rank and return what each returned, by rank."""
     common = {
@@ -42,16 +46,28 @@ def run_on_ranks(module: str, name: str, out: Path, world: int = 2, **arguments:
     logs = [out.with_suffix(f".{rank}.log") for rank in range(world)]
     processes = []
     for rank, log in enumerate(logs):
-        command = [sys.executable, "-W", "ignore", "-c", _CODE, module, name, json.dumps(arguments | {"world": world}), str(out)]
+        command = [
+            sys.executable,
+            "-W",
+            "ignore",
+            "-c",
+            _CODE,
+            module,
+            name,
+            json.dumps(arguments | {"world": world}),
+            str(out),
+        ]
         environment = os.environ | common | {"LOCAL_RANK": str(rank)}
-        processes.append(
-            subprocess.Popen(command, env=environment, stdout=log.open("w"), stderr=subprocess.STDOUT)  # noqa: S603
-        )
+        with log.open("w") as file:
+            processes.append(
+                subprocess.Popen(command, env=environment, stdout=file, stderr=subprocess.STDOUT)  # noqa: S603
+            )
     deadline = time.monotonic() + TIMEOUT_S
     try:
         while any(process.poll() is None for process in processes):  # one that fails leaves the others waiting for it
             failed = any(process.poll() not in (None, 0) for process in processes)
-            assert not failed and time.monotonic() < deadline, "".join(log.read_text()[-4000:] for log in logs)
+            assert not failed, _ends(logs)
+            assert time.monotonic() < deadline, _ends(logs)
             time.sleep(0.05)
     finally:
         for process in processes:

@@ -19,16 +19,20 @@ def test_seeds_differ_by_every_part_and_never_change_between_releases() -> None:
     assert derive_seed(42, "order", 0) == 993273450358985366
 
 
+def draw() -> tuple[list[float], list[float], float]:
+    return torch.rand(3).tolist(), np.random.rand(3).tolist(), random.random()  # noqa: S311 - no secret is made here
+
+
 def test_block_leaves_no_trace() -> None:
     torch.manual_seed(1)
     np.random.seed(1)
     random.seed(1)
-    expected = (torch.rand(3).tolist(), np.random.rand(3).tolist(), random.random())
+    expected = draw()
     torch.manual_seed(1)
     np.random.seed(1)
     random.seed(1)
     with seeded("block"):
-        inside = (torch.rand(3).tolist(), np.random.rand(3).tolist(), random.random())
-    assert (torch.rand(3).tolist(), np.random.rand(3).tolist(), random.random()) == expected
+        inside = draw()
+    assert draw() == expected
     with seeded("block"):
-        assert (torch.rand(3).tolist(), np.random.rand(3).tolist(), random.random()) == inside
+        assert draw() == inside

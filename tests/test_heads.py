@@ -5,8 +5,10 @@ from tl_lightning.heads import LinearHead, Standardize
 
 def test_statistics_are_those_of_everything_seen() -> None:
     layer = Standardize(5).double().train()
-    features = torch.randn(97, 5, dtype=torch.float64) * torch.tensor([1, 10, 0.1, 3, 1]) + torch.tensor([0, 50, -3, 1, 9])
-    for batch in features.split([32, 1, 40, 24]):
+    features = torch.randn(97, 5, dtype=torch.float64) * torch.tensor([1, 10, 0.1, 3, 1]) + torch.tensor(
+        [0, 50, -3, 1, 9]
+    )
+    for batch in torch.split(features, [32, 1, 40, 24]):
         layer(batch)
     assert torch.allclose(layer.mean, features.mean(0), atol=1e-12)
     assert torch.allclose(layer.variance, features.var(0, correction=0), rtol=1e-12)
@@ -16,7 +18,7 @@ def test_statistics_are_those_of_everything_seen() -> None:
 def test_single_precision_survives_a_mean_far_from_zero() -> None:
     layer = Standardize(1).train()
     features = 1000 + torch.randn(4096, 1)
-    for batch in features.split(32):
+    for batch in torch.split(features, 32):
         layer(batch)
     assert torch.allclose(layer.variance, features.var(0, correction=0), rtol=1e-3)
 

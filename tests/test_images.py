@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -89,7 +90,7 @@ CASES: dict[str, tuple[str, Callable[[], tuple[Image.Image, Image.Image]]]] = {
 
 
 def save(image: Image.Image, path: Path) -> Path:
-    options = {"lossless": True} if path.suffix == ".webp" else {}
+    options: dict[str, Any] = {"lossless": True} if path.suffix == ".webp" else {}
     if path.suffix == ".png" and "transparency" in image.info:
         options["transparency"] = image.info["transparency"]
     image.save(path, exif=image.getexif(), **options)
@@ -124,7 +125,7 @@ def test_sixteen_bits_are_scaled_not_cut_off(tmp_path: Path) -> None:
 
 def test_background_is_chosen(tmp_path: Path) -> None:
     Image.new("RGBA", (2, 2), (9, 9, 9, 0)).save(tmp_path / "clear.png")
-    assert read_image(tmp_path / "clear.png").unique().tolist() == [255]
+    assert torch.unique(read_image(tmp_path / "clear.png")).tolist() == [255]
     assert read_image(tmp_path / "clear.png", (10, 20, 30))[:, 0, 0].tolist() == [10, 20, 30]
 
 

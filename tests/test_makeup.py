@@ -40,7 +40,9 @@ def test_description_is_primitive() -> None:
 
     def check(value: object) -> None:
         assert isinstance(value, (dict, list, str, int, float, bool, type(None)))
-        for item in [*value.keys(), *value.values()] if isinstance(value, dict) else value if isinstance(value, list) else []:
+        for item in (
+            [*value.keys(), *value.values()] if isinstance(value, dict) else value if isinstance(value, list) else []
+        ):
             check(item)
 
     check(described)
@@ -57,7 +59,14 @@ def test_what_no_checkpoint_could_bring_back_is_refused() -> None:
 
 @pytest.mark.parametrize(
     "path",
-    ["os.system", "subprocess.Popen", "antigravity.Module", "torch.load", "torch.nn.functional.relu", "torch.nope.Module"],
+    [
+        "os.system",
+        "subprocess.Popen",
+        "antigravity.Module",
+        "torch.load",
+        "torch.nn.functional.relu",
+        "torch.nope.Module",
+    ],
 )
 def test_checkpoint_may_name_only_known_modules(path: str) -> None:
     with pytest.raises(ValueError, match="the checkpoint names"):

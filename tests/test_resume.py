@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,28 +20,33 @@ from tl_lightning.data import ImageFolderDataModule
 from tl_lightning.freezing import fingerprint
 from tl_lightning.modules import LinearProbe
 
+# The resumed runs here write no checkpoints of their own.
+pytestmark = pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`, callbacks:UserWarning")
 
-def fit(photos: str, folder: Path, resume: Path | None, world: int, **options: Any) -> tuple[LinearProbe, pl.Trainer]:
+
+def fit(
+    photos: str, folder: Path, resume: Path | None = None, world: int = 1, batch_size: int = 4, **options: Any
+) -> tuple[LinearProbe, pl.Trainer]:
     """Fit with everything that chance is in: order, augmentation in two workers, dropout."""
     torch.manual_seed(0 if resume is None else 99)  # a resumed process starts from another random state
     backbone = TinyBackbone()
-    data = ImageFolderDataModule(photos, batch_size=4, num_workers=2, preprocessing=backbone.preprocessing)
+    data = ImageFolderDataModule(photos, batch_size=batch_size, num_workers=2, preprocessing=backbone.preprocessing)
     model = DropoutProbe(backbone, num_classes=3, lr=0.01)
-    every_step = ModelCheckpoint(folder, "step-{step}", save_top_k=-1, every_n_train_steps=1, save_on_train_epoch_end=True)
-    trainer = pl.Trainer(
-        **{  # type: ignore[arg-type]
-            "max_epochs": 3,
-            "accelerator": "cpu",
-            "devices": world,
-            "strategy": "ddp" if world > 1 else "auto",
-            "callbacks": [] if resume else [every_step, *_at_validation_and_epoch_end(folder)],
-            "logger": False,
-            "enable_progress_bar": False,
-            "enable_model_summary": False,
-            "enable_checkpointing": resume is None,
-        }
-        | options
+    every_step = ModelCheckpoint(
+        folder, "step-{step}", save_top_k=-1, every_n_train_steps=1, save_on_train_epoch_end=True
     )
+    defaults: dict[str, Any] = {
+        "max_epochs": 3,
+        "accelerator": "cpu",
+        "devices": world,
+        "strategy": "ddp" if world > 1 else "auto",
+        "callbacks": [] if resume else [every_step, *_at_validation_and_epoch_end(folder)],
+        "logger": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "enable_checkpointing": resume is None,
+    }
+    trainer = pl.Trainer(**(defaults | options))
     trainer.fit(model, data, ckpt_path=resume, weights_only=True)
     return model, trainer
 
@@ -73,31 +79,43 @@ def check(results: dict[str, list[str]], steps_per_epoch: int) -> None:
     assert {name: result for name, result in results.items() if result != results["uninterrupted"]} == {}
 
 
+@pytest.mark.parametrize("world", [1, 2])
 @pytest.mark.parametrize(
     ("options", "steps_per_epoch"),
     [({}, 8), ({"val_check_interval": 0.5}, 8), ({"accumulate_grad_batches": 3, "gradient_clip_val": 0.1}, 3)],
+    ids=["plain", "validated within the epoch", "accumulated"],
 )
-def test_one_process(options: dict[str, Any], steps_per_epoch: int, photos: Path, tmp_path: Path) -> None:
-    check(resume_from_everywhere(str(photos), str(tmp_path), 1, **options), steps_per_epoch)
-
-
-def test_two_processes(photos: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "checkpoints"
-    both = run_on_ranks(
-        "tests.test_resume", "resume_from_everywhere", tmp_path / "out", photos=str(photos), folder=str(folder)
+def test_resumed_from_anywhere(
+    world: int, options: dict[str, Any], steps_per_epoch: int, photos: Path, tmp_path: Path
+) -> None:
+    ranks = run_on_ranks(
+        "tests.test_resume",
+        "resume_from_everywhere",
+        tmp_path / "out",
+        world=world,
+        photos=str(photos),
+        folder=str(tmp_path / "checkpoints"),
+        batch_size=4 // world,
+        **options,
     )
-    check(both[0], 4)
-    assert both[0] == both[1], "ranks differ"
+    assert all(rank == ranks[0] for rank in ranks), "ranks differ"
+    check(ranks[0], steps_per_epoch)
 
 
 def test_chance_is_really_in_the_run(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Else the tests above would show nothing: another seed gives other weights, and so does each source of chance."""
-    model, _ = fit(str(photos), tmp_path / "a", None, 1)
-    again, _ = fit(str(photos), tmp_path / "b", None, 1)
+    model, _ = fit(str(photos), tmp_path / "a")
+    assert float(model.head.state_dict()["standardize.variance"].mean()) > 1e-2, "the features are dead"
+    again, _ = fit(str(photos), tmp_path / "b")
     assert fingerprint(model) == fingerprint(again)
     for source in ("order", "augmentation", "step"):
-        monkeypatch.setattr("tl_lightning.chance.repr", lambda parts, s=source: f"{parts}{s in parts}", raising=False)
-        assert fingerprint(fit(str(photos), tmp_path / source, None, 1)[0]) != fingerprint(model), source
+        changed = partial(_representation, source)  # one source draws otherwise, the others as before
+        monkeypatch.setattr("tl_lightning.chance.repr", changed, raising=False)
+        assert fingerprint(fit(str(photos), tmp_path / source)[0]) != fingerprint(model), source
+
+
+def _representation(source: str, parts: tuple[int | str, ...]) -> str:
+    return str(parts) + ("changed" if source in parts else "")
 
 
 SLOW_RUN = """
@@ -115,7 +133,14 @@ def test_killed_command_line_goes_on_from_last(photos: Path, tmp_path: Path) -> 
     def command(folder: str, *more: str) -> list[str]:
         return [
             *(sys.executable, "-W", "ignore", "-c", SLOW_RUN, "fit"),
-            *("--backbone", "tests.doubles.TinyBackbone", "--model", "tests.doubles.DropoutProbe", "--model.lr", "0.01"),
+            *(
+                "--backbone",
+                "tests.doubles.TinyBackbone",
+                "--model",
+                "tests.doubles.DropoutProbe",
+                "--model.lr",
+                "0.01",
+            ),
             *("--data", "ImageFolderDataModule", "--data.root", str(photos), "--data.batch_size", "4"),
             *("--trainer.max_epochs", "4", "--trainer.default_root_dir", str(tmp_path / folder)),
             *more,
@@ -136,7 +161,9 @@ def test_killed_command_line_goes_on_from_last(photos: Path, tmp_path: Path) -> 
     assert torch.load(last, weights_only=True)["epoch"] < 3, "it was over before it was killed"
     subprocess.run(command("killed", "--ckpt_path", str(last)), check=True, env=environment, capture_output=True)  # noqa: S603
     assert [path.name for path in (tmp_path / "killed").iterdir()] == ["version_0"], "it goes on in its own folder"
-    ends = [torch.load(tmp_path / run / "version_0/checkpoints/last.ckpt", weights_only=True) for run in ("peace", "killed")]
+    ends = [
+        torch.load(tmp_path / run / "version_0/checkpoints/last.ckpt", weights_only=True) for run in ("peace", "killed")
+    ]
     for name, tensor in ends[0]["state_dict"].items():
         assert torch.equal(tensor, ends[1]["state_dict"][name]), name
     best = [tmp_path / run / "version_0/checkpoints/best.ckpt" for run in ("peace", "killed")]

@@ -19,7 +19,7 @@ class Batch(NamedTuple):
     """Images (N, 3, H, W), or activations of a boundary (N, ...)."""
     target: Tensor
     """Class numbers (N,), int64; ``UNLABELLED`` where the class is not known."""
-    index: Tensor
+    index: Tensor  # type: ignore[assignment]  # hides tuple.index, which a batch has no use for
     """Each sample's place in its split (N,), int64; ``PADDING`` for rows that count for nothing."""
     boundary: str | None
     """The stage that continues from ``inputs``; None where these are images."""

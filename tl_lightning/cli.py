@@ -1,10 +1,11 @@
 """The command line: links between backbone, data and model, and defaults."""
 
+import re
 import sys
 import warnings
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from lightning.pytorch import Callback, LightningDataModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
@@ -16,12 +17,18 @@ from tl_lightning.callbacks import Outcome, Plan, PredictionWriter, Progress
 from tl_lightning.chance import DEFAULT_SEED
 from tl_lightning.data import ImageFolderDataModule
 from tl_lightning.modules import TransferClassifier
+from tl_lightning.transforms import Preprocessing
 
 _DESCRIPTIONS = {
     "fit": "Train a classifier on a folder of images.",
     "validate": "Score a checkpoint on the validation images.",
     "test": "Score a checkpoint on the test images.",
     "predict": "Write predictions.csv for a folder of images, nested or flat.",
+}
+
+_DEFAULT_CLASSES = {
+    "fit": ("--backbone=TorchvisionBackbone", "--backbone.name=resnet50", "--model=LinearProbe"),
+    "any": ("--data=ImageFolderDataModule",),
 }
 
 _EXPECTED_WARNINGS = (
@@ -31,9 +38,21 @@ _EXPECTED_WARNINGS = (
     r"The number of training batches \(\d+\) is smaller than the logging interval",
     # The folder of a resumed run holds its earlier checkpoints: lightning.pytorch.callbacks.model_checkpoint.
     r"Checkpoint directory .* exists and is not empty",
+    # Scoring needs none of the callbacks of training: lightning.pytorch.trainer.call, _call_callbacks_on_load_checkpoint.
+    r"Be aware that when using `ckpt_path`, callbacks used to create the checkpoint",
+    # Lightning on a newer torch: lightning.pytorch.utilities._pytree.
+    r"`isinstance\(treespec, LeafSpec\)` is deprecated",
     # Predictions are matched by index, not by sampler: lightning.pytorch.loops.prediction_loop.
     r"Couldn't infer the batch indices fetched from your dataloader",
 )
+
+
+class _Parser(LightningArgumentParser):
+    """A parser that says what is wrong, without sixty lines of usage in front of it."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        sys.stderr.write(f"{self.prog}: {message}\nAll options: {self.prog} --help\n")
+        sys.exit(2)
 
 
 class TransferCLI(LightningCLI):
@@ -52,6 +71,7 @@ class TransferCLI(LightningCLI):
             seed_everything_default=DEFAULT_SEED,
             parser_kwargs={name: {"description": text} for name, text in _DESCRIPTIONS.items()}
             | {"description": "Transfer learning for image classification."},
+            parser_class=_Parser,
             args=args,
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
@@ -63,9 +83,15 @@ class TransferCLI(LightningCLI):
         """Add trainer, backbone, data and model, and link them."""
         parser.add_lightning_class_args(self.trainer_class, "trainer")
         parser.set_defaults({f"trainer.{key}": value for key, value in self.trainer_defaults.items()})
-        parser.add_subclass_arguments(Backbone, "backbone", required=False)
-        parser.add_subclass_arguments(LightningDataModule, "data", required=False)
-        parser.add_subclass_arguments(TransferClassifier, "model", required=False)
+        parser.add_subclass_arguments(LightningDataModule, "data", required=True)
+        if self._building != "fit":  # the configuration of a fit is valid here as well
+            for key in ("backbone", "model"):
+                parser.add_argument(
+                    f"--{key}", type=dict | None, default=None, help="From the checkpoint; not used here."
+                )
+            return
+        parser.add_subclass_arguments(Backbone, "backbone", required=True)
+        parser.add_subclass_arguments(TransferClassifier, "model", required=True)
         parser.link_arguments("backbone", "model.init_args.backbone", apply_on="instantiate")
         parser.link_arguments(
             "backbone", "data.init_args.preprocessing", compute_fn=_preprocessing_of, apply_on="instantiate"
@@ -73,39 +99,41 @@ class TransferCLI(LightningCLI):
         parser.link_arguments("data.num_classes", "model.init_args.num_classes", apply_on="instantiate")
         parser.link_arguments("data.class_names", "model.init_args.class_names", apply_on="instantiate")
 
+    def _add_subcommands(self, parser: LightningArgumentParser, **kwargs: Any) -> None:
+        super()._add_subcommands(parser, **kwargs)
+        # Lightning puts the Trainer's docstrings there.
+        for choice in parser._subcommands_action._choices_actions:  # type: ignore[union-attr]  # made just now
+            choice.help = _DESCRIPTIONS[choice.dest]
+
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
+        self._building = subcommand
         parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        parser.set_defaults(weights_only=True)
         if subcommand == "fit":
             parser.add_argument(
                 "--test_after_fit", type=bool, default=False, help="Test the best checkpoint when training has ended."
             )
-        elif subcommand == "predict":
-            parser.set_defaults(return_predictions=False)
-        else:
-            parser.set_defaults(verbose=False)
-        parser.set_defaults(weights_only=True)
+            return parser
+        parser.add_argument("--test_after_fit", type=Any, default=None, help="Not used here.")
+        parser.set_defaults({"return_predictions": False} if subcommand == "predict" else {"verbose": False})
         return parser
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        """Parse the arguments; without a configuration, they need to name only what is not the default."""
+        if args is None:
+            args = sys.argv[1:]
+        self.config = parser.parse_args(_name_classes(args)) if isinstance(args, list) else parser.parse_object(args)
 
     # Building -------------------------------------------------------------------------------------------------------
 
     def before_instantiate_classes(self) -> None:
-        """Check that what the command needs is there.
+        """Check that there is a checkpoint where nothing is trained.
 
         Raises:
-            SystemExit: Something is missing; the message says what to add.
+            SystemExit: There is none.
         """
-        config = self.config[self.subcommand]
-        needed = ["data"] + (["backbone", "model"] if self.subcommand == "fit" else ["ckpt_path"])
-        missing = [key for key in needed if config.get(key) is None]
-        if missing:
-            hints = {"data": "--data.root FOLDER", "ckpt_path": "--ckpt_path FILE"}
-            sys.exit(
-                f"tl-lightning {self.subcommand}: missing {', '.join(missing)}; add "
-                + " ".join(hints.get(key, f"--{key} CLASS") for key in missing)
-                + ", or a configuration with --config FILE"
-            )
-        if self.subcommand != "fit":
-            config["backbone"] = config["model"] = None
+        if self.subcommand != "fit" and self._get(self.config, "ckpt_path") is None:
+            self._parser(self.subcommand).error("a trained model is needed: add --ckpt_path FILE")
 
     def instantiate_classes(self) -> None:
         """Build data, model and trainer; the model from the checkpoint where nothing is trained."""
@@ -113,6 +141,12 @@ class TransferCLI(LightningCLI):
         self.datamodule = self._get(self.config_init, "data")
         if self.subcommand == "fit":
             self.model = self._get(self.config_init, "model")
+            typed = self._get(self.config, "model").init_args.get("num_classes")
+            if typed not in (None, self.model.num_classes):
+                self._parser(self.subcommand).error(
+                    f"model.num_classes is {typed}, and the data have {self.model.num_classes} classes "
+                    f"({', '.join(self.model.class_names or ())}); leave it out, since it comes from the data"
+                )
         else:
             self.model = TransferClassifier.load_from_checkpoint(self._get(self.config, "ckpt_path"))
             if isinstance(self.datamodule, ImageFolderDataModule):
@@ -128,7 +162,9 @@ class TransferCLI(LightningCLI):
             added.append(PredictionWriter())
         if config["enable_progress_bar"] is not False and not any(isinstance(c, ProgressBar) for c in own):
             added.append(Progress())
-        if config["enable_checkpointing"] is not False and not any(isinstance(c, ModelCheckpoint) for c in own):
+        if self.subcommand != "fit":
+            kwargs["enable_checkpointing"] = False
+        elif config["enable_checkpointing"] is not False and not any(isinstance(c, ModelCheckpoint) for c in own):
             added += best_and_last()
         if config["logger"] in (None, True):
             kwargs["logger"] = default_loggers(self._run_folder(Path(config["default_root_dir"])))
@@ -149,7 +185,9 @@ class TransferCLI(LightningCLI):
     def after_fit(self) -> None:
         """Test the best checkpoint, if asked for."""
         if self._get(self.config, "test_after_fit"):
-            self.trainer.test(datamodule=self.datamodule, ckpt_path="best", weights_only=True, verbose=False)
+            best = self.trainer.checkpoint_callback
+            path = best.best_model_path if isinstance(best, ModelCheckpoint) else None
+            self.trainer.test(self.model, self.datamodule, ckpt_path=path or None, weights_only=True, verbose=False)
 
 
 def best_and_last() -> list[Callback]:
@@ -165,15 +203,27 @@ def best_and_last() -> list[Callback]:
 
 def default_loggers(folder: Path) -> list[Logger]:
     """Build a CSV logger, and one for TensorBoard where that is installed, that write to one folder."""
-    place = {"save_dir": folder.parent, "name": "", "version": folder.name}
+    place: dict[str, Any] = {"save_dir": folder.parent, "name": "", "version": folder.name}
     loggers: list[Logger] = [CSVLogger(**place)]
     if find_spec("tensorboard") is not None:
         loggers.append(TensorBoardLogger(**place))
     return loggers
 
 
-def _preprocessing_of(backbone: Backbone) -> object:
+def _preprocessing_of(backbone: Backbone) -> Preprocessing:
     return backbone.preprocessing
+
+
+def _name_classes(args: list[str]) -> list[str]:
+    """Put the default classes before arguments that name none.
+
+    As defaults of the parser they would leave their own arguments behind in whatever class the user names.
+    """
+    if not args or args[0].startswith("-") or any(re.match(r"(-c|--config)(=|$)", arg) for arg in args):
+        return args
+    named = {arg.partition("=")[0].removesuffix(".class_path") for arg in args}
+    defaults = [*_DEFAULT_CLASSES.get(args[0], ()), *_DEFAULT_CLASSES["any"]]
+    return [args[0], *(arg for arg in defaults if arg.partition("=")[0].partition(".")[0] not in named), *args[1:]]
 
 
 def main(args: ArgsType = None) -> None:

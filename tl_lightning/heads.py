@@ -33,6 +33,7 @@ class Standardize(nn.Module):
         self.register_buffer("count", torch.zeros(()))
 
     def forward(self, features: Tensor) -> Tensor:
+        """Standardise the features; in train mode, add them to the statistics first."""
         if self.training:
             self._see(features.detach())
         return (features - self.mean) * torch.rsqrt(self.variance + self.eps)
@@ -43,7 +44,7 @@ class Standardize(nn.Module):
         sums = torch.cat([deviation.sum(0), deviation.square().sum(0), deviation.new_full((1,), len(deviation))])
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(sums)
-        total, squares, count = sums.split([len(self.mean), len(self.mean), 1])
+        total, squares, count = torch.split(sums, [len(self.mean), len(self.mean), 1])
         shift = total / count
         within = (squares - total * shift).clamp_min(0)
         both = self.count + count.squeeze()
@@ -75,5 +76,6 @@ class LinearHead(nn.Module):
         nn.init.zeros_(self.linear.bias)
 
     def forward(self, features: Tensor) -> Tensor:
+        """Compute class scores."""
         logits: Tensor = self.linear(self.dropout(self.standardize(features)))
         return logits  # (N, K)

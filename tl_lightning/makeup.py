@@ -11,6 +11,7 @@ import sys
 from typing import Any
 
 from torch import Tensor, nn
+from typing_extensions import Self
 
 TRUSTED_PACKAGES = ("tl_lightning", "torch", "torchvision", "timm")
 
@@ -23,7 +24,8 @@ class Recorded:
 
     init_args: tuple[tuple[Any, ...], dict[str, Any]]
 
-    def __new__(cls, *args: Any, **kwargs: Any) -> "Recorded":
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        """Make the object and remember the arguments."""
         self = super().__new__(cls)
         try:
             bound = inspect.signature(cls.__init__).bind(self, *args, **kwargs)
@@ -40,7 +42,9 @@ class Recorded:
             else:
                 named[name] = bound.arguments[name]
         if extra:  # with *args in the signature, what stands before it can only be given by position again
-            before = [n for n, p in inspect.signature(cls.__init__).parameters.items() if p.kind is p.POSITIONAL_OR_KEYWORD]
+            before = [
+                n for n, p in inspect.signature(cls.__init__).parameters.items() if p.kind is p.POSITIONAL_OR_KEYWORD
+            ]
             extra = (*(named.pop(name) for name in before[1:]), *extra)
         object.__setattr__(self, "init_args", (extra, named))
         return self
@@ -134,8 +138,12 @@ def known_class(path: str) -> type[nn.Module]:
         try:
             importlib.import_module(module_name)
         except ImportError as error:
-            raise ValueError(f"the checkpoint names the class {path!r}, and {module_name!r} cannot be imported") from error
+            raise ValueError(
+                f"the checkpoint names the class {path!r}, and {module_name!r} cannot be imported"
+            ) from error
     cls = getattr(sys.modules[module_name], name, None)
     if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
-        raise ValueError(f"the checkpoint names {path!r} as a class; that is not a subclass of torch.nn.Module here")
+        raise ValueError(  # noqa: TRY004 - what is wrong is the checkpoint's content, not the type of an argument
+            f"the checkpoint names {path!r} as a class; that is not a subclass of torch.nn.Module here"
+        )
     return cls

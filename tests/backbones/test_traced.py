@@ -3,7 +3,9 @@ import pickle
 
 import pytest
 import torch
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
+from torchvision.ops import StochasticDepth
 
 from tests.doubles import TINY, TinyBackbone, TinyNet
 from tl_lightning.backbones import Backbone, TimmBackbone, TorchvisionBackbone, TracedBackbone
@@ -103,9 +105,11 @@ def test_map_of_channels_last_network_has_channels_first() -> None:
 
 def test_map_of_tokens_is_row_by_row_without_class_token() -> None:
     backbone = TimmBackbone("test_vit", weights=None).eval()
+    net = backbone.model
+    assert isinstance(net, VisionTransformer)
     images = torch.randn(1, 3, 160, 160)
     with torch.no_grad():
-        tokens = backbone.model.forward_features(images)
+        tokens = net.forward_features(images)
         spatial = backbone.forward_map(images)
     assert torch.equal(spatial[0, :, 2, 3], tokens[0, 1 + 2 * 10 + 3])
 
@@ -166,7 +170,7 @@ def test_suffix_follows_the_mode_of_the_network() -> None:
     inputs = prefix(images)
     assert torch.equal(suffix(inputs), suffix(inputs))
     for module in suffix.modules():
-        if isinstance(module, nn.Dropout) or type(module).__name__ == "StochasticDepth":
+        if isinstance(module, (nn.Dropout, StochasticDepth)):
             module.p = 0.0
     suffix.train()
     assert (suffix(inputs) == 0).any(), "dropout after the pooling is off in train mode"

@@ -1,17 +1,19 @@
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import lightning.pytorch as pl
 import pytest
 import torch
+from torch import Tensor
 
 from tests.doubles import TINY, TinyBackbone, image_folder, save_image
 from tl_lightning.data import ImageFolderDataModule
 from tl_lightning.modules import LinearProbe
 
 
-def data(root: Path, **options: object) -> ImageFolderDataModule:
-    return ImageFolderDataModule(str(root), num_workers=0, preprocessing=TINY, **options)  # type: ignore[arg-type]
+def data(root: Path, **options: Any) -> ImageFolderDataModule:
+    return ImageFolderDataModule(str(root), num_workers=0, preprocessing=TINY, **options)
 
 
 def classes(module: ImageFolderDataModule, split: str) -> Counter[int]:
@@ -99,7 +101,9 @@ def fit(module: ImageFolderDataModule) -> None:
 
 
 def test_missing_root_names_what_is_there(photos: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"photoz' does not exist; unknown folder 'photoz'; did you mean 'photos'"):
+    with pytest.raises(
+        FileNotFoundError, match=r"photoz' does not exist; unknown folder 'photoz'; did you mean 'photos'"
+    ):
         fit(data(photos.parent / "photoz"))
     with pytest.raises(FileNotFoundError):
         data(photos.parent / "photoz").setup("predict")
@@ -157,7 +161,7 @@ def test_two_folders_for_one_split(tmp_path: Path) -> None:
 
 
 def test_missing_preprocessing(photos: Path) -> None:
-    with pytest.raises(ValueError, match="pass preprocessing=backbone.preprocessing"):
+    with pytest.raises(ValueError, match=r"pass preprocessing=backbone\.preprocessing"):
         ImageFolderDataModule(str(photos)).setup("fit")
 
 
@@ -170,7 +174,7 @@ def test_missing_preprocessing(photos: Path) -> None:
         ({"background": (0, 0, 256)}, "go from 0 to 255"),
     ],
 )
-def test_options_out_of_range(photos: Path, options: dict[str, object], message: str) -> None:
+def test_options_out_of_range(photos: Path, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         data(photos, **options)
 
@@ -202,7 +206,8 @@ def test_link_inside_the_folder_is_an_image(tmp_path: Path) -> None:
 
 def test_augmentation_is_switched(photos: Path) -> None:
     plain, mild = (data(photos, augment=augment).train_dataloader() for augment in (False, True))
-    still, moving = [], []
+    still: list[Tensor] = []
+    moving: list[Tensor] = []
     for epoch in (0, 1):
         for each, seen in ((plain, still), (mild, moving)):
             each.sampler.set_epoch(epoch)
@@ -223,10 +228,14 @@ def test_prediction_takes_every_image_in_whatever_folder(tmp_path: Path) -> None
     assert module.predict_files == ["a.JPEG", "b.png", "sub/deep/c.png"]
     batch = next(iter(module.predict_dataloader()))
     assert batch.index.tolist() == [0, 1, 2]
-    assert batch.target.unique().tolist() == [-1]
+    assert torch.unique(batch.target).tolist() == [-1]
 
 
 # What a checkpoint remembers of the split -----------------------------------------------------------------------------
+
+
+# Testing needs none of the callbacks of training.
+pytestmark = pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`, callbacks:UserWarning")
 
 
 def trained(root: Path, folder: Path, seed: int) -> Path:
@@ -239,7 +248,7 @@ def trained(root: Path, folder: Path, seed: int) -> Path:
 
 
 def run_test(checkpoint: Path, module: ImageFolderDataModule) -> None:
-    trainer = pl.Trainer(logger=False, enable_progress_bar=False)
+    trainer = pl.Trainer(logger=False, enable_progress_bar=False, enable_checkpointing=False)
     trainer.test(LinearProbe(TinyBackbone(), num_classes=3), module, ckpt_path=checkpoint, verbose=False)
 
 

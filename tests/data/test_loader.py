@@ -28,7 +28,7 @@ def values(batches: Iterator[Batch]) -> list[list[float]]:
 
 
 def test_batches_are_the_same_with_any_number_of_workers() -> None:
-    loaders = [loader(workers) for workers in (0, 1, 3)]
+    loaders = [loader(workers) for workers in (0, 1, 2)]
     for epoch in (0, 1):
         for each in loaders:
             each.sampler.set_epoch(epoch)
@@ -38,7 +38,7 @@ def test_batches_are_the_same_with_any_number_of_workers() -> None:
 
 def test_augmentation_depends_on_epoch_and_sample_alone() -> None:
     each = loader()
-    seen = {}
+    seen: dict[tuple[int, int], float] = {}
     for epoch in (0, 1, 0):
         each.sampler.set_epoch(epoch)
         for batch in each:

@@ -2,12 +2,15 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import lightning.pytorch as pl
 import pytest
 import torch
 import torchvision
+from lightning.pytorch.callbacks import ModelCheckpoint
 
 from tests.doubles import DropoutProbe, TinyBackbone, image_folder
 from tl_lightning.backbones import TorchvisionBackbone
@@ -42,7 +45,8 @@ def train_in_python(root: Path, folder: Path, weights: Path) -> Path:
     model = LinearProbe(backbone, num_classes=data.num_classes)
     trainer = pl.Trainer(max_epochs=1, default_root_dir=folder, logger=False, enable_progress_bar=False)
     trainer.fit(model, data)
-    return Path(trainer.checkpoint_callback.best_model_path)  # type: ignore[union-attr]
+    assert isinstance(trainer.checkpoint_callback, ModelCheckpoint)
+    return Path(trainer.checkpoint_callback.best_model_path)
 
 
 def train_by_cli(root: Path, folder: Path, weights: Path) -> Path:
@@ -90,7 +94,9 @@ print(",".join(model.class_names), model.backbone.preprocessing, model.training)
 
 
 @pytest.mark.parametrize("train", [train_in_python, train_by_cli])
-def test_checkpoint_is_enough_in_a_fresh_process(train, photos: Path, tmp_path: Path, weights_file: Path) -> None:  # type: ignore[no-untyped-def]
+def test_checkpoint_is_enough_in_a_fresh_process(
+    train: Callable[[Path, Path, Path], Path], photos: Path, tmp_path: Path, weights_file: Path
+) -> None:
     weights = tmp_path / "resnet18.pth"
     shutil.copy(weights_file, weights)
     checkpoint = train(photos, tmp_path / "run", weights)
@@ -133,7 +139,7 @@ def checkpoint(tmp_path: Path) -> Path:
     return tmp_path / "plain.ckpt"
 
 
-def edited(checkpoint: Path, edit) -> Path:  # type: ignore[no-untyped-def]
+def edited(checkpoint: Path, edit: Callable[[dict[str, Any]], object]) -> Path:
     content = torch.load(checkpoint, weights_only=True)
     edit(content)
     torch.save(content, checkpoint)
@@ -150,7 +156,7 @@ def edited(checkpoint: Path, edit) -> Path:  # type: ignore[no-untyped-def]
 )
 @pytest.mark.parametrize("part", ["model", "backbone"])
 def test_class_from_elsewhere_is_refused(checkpoint: Path, path: str, message: str, part: str) -> None:
-    def edit(content: dict) -> None:  # type: ignore[type-arg]
+    def edit(content: dict[str, Any]) -> None:
         described = content["tl_lightning"]["model"]
         (described if part == "model" else described["backbone"])["class_path"] = path
 
@@ -160,7 +166,7 @@ def test_class_from_elsewhere_is_refused(checkpoint: Path, path: str, message: s
 
 
 def test_damaged_backbone_is_found(checkpoint: Path) -> None:
-    def edit(content: dict) -> None:  # type: ignore[type-arg]
+    def edit(content: dict[str, Any]) -> None:
         content["state_dict"]["backbone.model.layer1.conv.weight"][0, 0, 0, 0] += 1e-6
 
     with pytest.raises(ValueError, match="not the one that was saved"):
@@ -186,7 +192,7 @@ def test_other_files(tmp_path: Path, checkpoint: Path) -> None:
     torch.save({"state_dict": {}}, tmp_path / "other.ckpt")
     with pytest.raises(ValueError, match="not a checkpoint of tl_lightning"):
         LinearProbe.load_from_checkpoint(tmp_path / "other.ckpt")
-    with pytest.raises(ValueError, match="which is no DropoutProbe; load it with LinearProbe.load_from_checkpoint"):
+    with pytest.raises(ValueError, match=r"which is no DropoutProbe; load it with LinearProbe\.load_from_checkpoint"):
         DropoutProbe.load_from_checkpoint(checkpoint)
 
 

@@ -1,3 +1,4 @@
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,18 @@ from tl_lightning.modules import LinearProbe, TransferClassifier
 
 
 def trainer(folder: Path, **options: Any) -> pl.Trainer:
-    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
+    quiet = {
+        "logger": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "enable_checkpointing": False,
+    }
     return pl.Trainer(default_root_dir=folder, **({"max_epochs": 2} | quiet | options))
 
 
 def data(photos: Path, backbone: Backbone, **options: Any) -> ImageFolderDataModule:
-    options = {"batch_size": 8, "num_workers": 0, "preprocessing": backbone.preprocessing} | options
-    return ImageFolderDataModule(str(photos), **options)
+    defaults: dict[str, Any] = {"batch_size": 8, "num_workers": 0, "preprocessing": backbone.preprocessing}
+    return ImageFolderDataModule(str(photos), **(defaults | options))
 
 
 class CallsTrain(pl.Callback):
@@ -28,17 +34,17 @@ class CallsTrain(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         pl_module.train()
-        pl_module.backbone.train()
+        pl_module.get_submodule("backbone").train()
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
-        pl_module.backbone.train()
+        pl_module.get_submodule("backbone").train()
         pl_module.train()
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        pl_module.backbone.train()
+        pl_module.get_submodule("backbone").train()
 
 
-BACKBONES = {
+BACKBONES: dict[str, Callable[[], Backbone]] = {
     "batch norm, dropout, stochastic depth": TinyBackbone,
     "resnet": lambda: TimmBackbone("test_resnet", weights=None),
     "vit": lambda: TimmBackbone("test_vit", weights=None),
@@ -254,6 +260,8 @@ def test_what_could_not_be_saved_is_refused_at_construction() -> None:
 
 
 def test_probe_is_a_transfer_classifier_with_one_head_of_its_own() -> None:
-    assert set(vars(LinearProbe)) - {"__module__", "__doc__", "__firstlineno__", "__static_attributes__"} == {"build_head"}
+    assert set(vars(LinearProbe)) - {"__module__", "__doc__", "__firstlineno__", "__static_attributes__"} == {
+        "build_head"
+    }
     assert issubclass(LinearProbe, TransferClassifier)
     assert fingerprint(TinyBackbone()) == fingerprint(TinyBackbone()) != fingerprint(TinyBackbone(seed=1))

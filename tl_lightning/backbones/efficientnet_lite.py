@@ -45,7 +45,8 @@ class EfficientNetLite(TracedBackbone):
             model.load_state_dict(dict(zip(model.state_dict(), tensors, strict=False)))
         elif weights is not None:
             load_file_into(model, weights, name=name, classifier="classifier")
-        super().__init__(model, name, preprocessing_of(model), timm.models.get_notrace_functions())
+        leaf_functions = timm.models.get_notrace_functions()  # type: ignore[no-untyped-call]  # timm gives it no types
+        super().__init__(model, name, preprocessing_of(model), leaf_functions)
 
 
 def _packaged_file(name: str) -> Path:

@@ -25,7 +25,7 @@ class TimmBackbone(TracedBackbone):
 
     Example:
         >>> TimmBackbone("test_resnet", weights=None).feature_dim
-        384
+        96
     """
 
     def __init__(self, name: str, weights: str | None = "DEFAULT") -> None:
@@ -48,14 +48,12 @@ class TimmBackbone(TracedBackbone):
         def build(pretrained: bool) -> Any:
             return timm.create_model(full_name, pretrained=pretrained, num_classes=0)
 
-        if published:
-            model = with_download(lambda: build(True), name=full_name, weights=str(weights))
-        else:
-            model = build(False)
+        model = with_download(lambda: build(True), name=full_name, weights=str(weights)) if published else build(False)
         classifier = str(model.pretrained_cfg.get("classifier") or "head")
         if weights is not None and not published:
             load_file_into(model, weights, name=full_name, classifier=classifier)
-        super().__init__(model, full_name, preprocessing_of(model), timm.models.get_notrace_functions())
+        leaf_functions = timm.models.get_notrace_functions()  # type: ignore[no-untyped-call]  # timm gives it no types
+        super().__init__(model, full_name, preprocessing_of(model), leaf_functions)
         # A checkpoint builds the same variant again, without its published weights.
         self.init_args = ((), {"name": full_name, "weights": weights})
 
@@ -69,9 +67,9 @@ def preprocessing_of(model: Any) -> Preprocessing:
     Raises:
         ValueError: The model's images are not three-channelled.
     """
-    from timm.data import resolve_model_data_config
+    from timm.data.config import resolve_model_data_config
 
-    config = resolve_model_data_config(model)
+    config = resolve_model_data_config(model)  # type: ignore[no-untyped-call]  # timm gives it no types
     channels, height, width = config["input_size"]
     if channels != 3:
         raise ValueError(f"this model wants images of {channels} channels; only those of 3 are supported")

@@ -53,7 +53,9 @@ class TorchvisionBackbone(TracedBackbone):
         # normalisation of their published weights, so that random weights and a checkpoint's see the same input.
         extra: Mapping[str, bool] = {}
         if name in ("inception_v3", "googlenet"):
-            extra = {"transform_input": True} | ({"aux_logits": True} if name == "inception_v3" or member is None else {})
+            extra = {"transform_input": True} | (
+                {"aux_logits": True} if name == "inception_v3" or member is None else {}
+            )
             extra = extra | ({"init_weights": True} if member is None else {})
         if member is None:
             model = torchvision.models.get_model(name, weights=None, **extra)
@@ -82,7 +84,7 @@ def _remove_classifier(model: nn.Module) -> str:
         if (isinstance(module, nn.Linear) and module.out_features == _IMAGENET_CLASSES)
         or (isinstance(module, nn.Conv2d) and module.out_channels == _IMAGENET_CLASSES)
     )
-    name = modules[last][0]
+    name: str = modules[last][0]
     model.set_submodule(name, nn.Identity())
     if isinstance(modules[last - 1][1], nn.Dropout):
         model.set_submodule(modules[last - 1][0], nn.Identity())
@@ -97,7 +99,7 @@ def _set_aside_auxiliary_heads(model: nn.Module) -> dict[str, nn.Module]:
             found[name] = module
             model._modules[name] = None
     if "aux_logits" in vars(model):
-        model.aux_logits = False
+        vars(model)["aux_logits"] = False
     return found
 
 

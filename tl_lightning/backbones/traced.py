@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, fx, nn
@@ -71,14 +71,22 @@ class TracedBackbone(Backbone):
         model.train(was_training)
         if not (isinstance(features, Tensor) and features.ndim == 2 and len(features) == 2):
             shape = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
-            raise ValueError(f"{name} turned images of shape {tuple(images.shape)} into {shape}; a backbone returns (N, D)")
+            raise ValueError(
+                f"{name} turned images of shape {tuple(images.shape)} into {shape}; a backbone returns (N, D)"
+            )
         self.feature_dim = features.shape[1]
 
     def forward(self, images: Tensor) -> Tensor:
+        """Compute the pooled features."""
         features: Tensor = self.model(images)
         return features  # (N, D)
 
     def forward_map(self, images: Tensor) -> Tensor:
+        """Compute the spatial map before pooling.
+
+        Raises:
+            ValueError: The network has no such map.
+        """
         if self._map_end is None:
             raise ValueError(f"{self.name} has no spatial map before its pooling" + self._why_uncut())
         traces = self._traces()
@@ -86,6 +94,11 @@ class TracedBackbone(Backbone):
         return _to_map(found, images)  # (N, C, h, w)
 
     def split(self, stage: str) -> tuple[nn.Module, nn.Module]:
+        """Cut the backbone in two before a stage.
+
+        Raises:
+            ValueError: There is no such stage, or the network cannot be cut there.
+        """
         if stage not in self.stages:
             raise ValueError(unknown("stage", stage, self.stages, of=self.name) + self._why_uncut())
         if stage == self.stages[0]:
@@ -121,6 +134,7 @@ class TracedBackbone(Backbone):
         return self._segments[key]
 
     def __getstate__(self) -> dict[str, Any]:
+        """Return what a copy needs."""
         return self.__dict__ | {"_segments": {}}  # generated code is made again where it is needed
 
 
@@ -142,7 +156,7 @@ def _run(model: nn.Module, found: Trace, images: Tensor) -> dict[fx.Node, Any]:
     return interpreter.env
 
 
-def _is_batch(output: Any) -> bool:
+def _is_batch(output: Any) -> TypeGuard[Tensor]:
     return isinstance(output, Tensor) and output.ndim >= 2 and len(output) == 2
 
 
@@ -169,7 +183,7 @@ def _to_map(output: Tensor, images: Tensor) -> Tensor:
     rows = math.isqrt(int(tokens * height / width))
     columns = round(rows * width / height)
     patches = output[:, tokens - rows * columns :]
-    return patches.transpose(1, 2).unflatten(2, (rows, columns))
+    return torch.unflatten(patches.transpose(1, 2), 2, (rows, columns))
 
 
 def _ratio_gap(shape: Sequence[int], ratio: float) -> float:

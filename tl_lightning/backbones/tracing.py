@@ -6,6 +6,7 @@ exactly one tensor that depends on the input is alive.
 """
 
 import inspect
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -103,16 +104,14 @@ def _starts(model: nn.Module, nodes: Sequence[fx.Node], cuts: Sequence[int]) -> 
         if node.op == "call_module" and node in dependent and has_matrix(model.get_submodule(str(node.target)))
     ]
     starts = {FIRST_STAGE: -1}
-    for previous, this in zip(weighty, weighty[1:], strict=False):
+    for previous, this in itertools.pairwise(weighty):
         between = [cut for cut in cuts if previous <= cut < this]
         if between:
             starts.setdefault(str(nodes[this].target), between[-1])
     return starts
 
 
-def find_stages(
-    model: nn.Module, leaf_functions: Sequence[Callable[..., Any]] = ()
-) -> tuple[frozenset[str], Trace]:
+def find_stages(model: nn.Module, leaf_functions: Sequence[Callable[..., Any]] = ()) -> tuple[frozenset[str], Trace]:
     """Open the largest modules, one after the other, until the network falls into stages.
 
     Args:
@@ -205,6 +204,7 @@ class Segment(nn.Module):
             here.register_buffer(leaf, item)
 
     def forward(self, inputs: Tensor) -> Tensor:
+        """Run the part on what comes out at its beginning."""
         # The mode is the called modules' own: whoever switches the network switches this part of it as well.
         training = any(module.training for module in self._called.values())
         return self._code[training](self._live[0], inputs)

@@ -41,7 +41,7 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
             state: Any = load_file(path)
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # noqa: BLE001 - the readers raise half a dozen kinds; the message names the file in all
+    except Exception as error:
         raise ValueError(
             f"the weights file {str(path)!r} cannot be read ({type(error).__name__}: {str(error).splitlines()[0]}); it must "
             "be a state dict saved by torch.save, or a safetensors file. Pickled objects are refused, since reading one "

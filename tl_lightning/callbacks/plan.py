@@ -3,7 +3,7 @@
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
 from rich.table import Table
 from torch import nn
@@ -18,6 +18,7 @@ class Plan(Callback):
     """Print a short plan when a fit starts: data, what is frozen, what is trained at which rates, where outputs go."""
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Print the plan."""
         folder = trainer.log_dir  # asks all ranks
         if trainer.is_global_zero and isinstance(pl_module, TransferClassifier):
             _print("plan", describe_plan(trainer, pl_module) | {"outputs": str(folder)})
@@ -27,6 +28,7 @@ class Outcome(Callback):
     """Print the scores after a test, and where the files of a fit lie."""
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Print where the files lie, and the best score."""
         folder = trainer.log_dir
         best = trainer.checkpoint_callback
         rows = {}
@@ -37,6 +39,7 @@ class Outcome(Callback):
         _print("trained", rows | {"outputs": str(folder)})
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Print the scores of the test."""
         folder = trainer.log_dir
         metrics = {name: value for name, value in trainer.callback_metrics.items() if name.startswith("test_")}
         rows = {_WORDS.get(name, name): f"{float(value):.4f}" for name, value in metrics.items()}
@@ -48,7 +51,9 @@ _WORDS = {"test_accuracy": "test accuracy", "test_f1": "test macro F1", "test_lo
 
 def describe_plan(trainer: Trainer, classifier: TransferClassifier) -> dict[str, str]:
     """Describe a fit that is about to start, a few words a row."""
-    rows = {"model": f"{type(classifier).__name__} on {getattr(classifier.backbone, 'name', type(classifier.backbone).__name__)}"}
+    rows = {
+        "model": f"{type(classifier).__name__} on {getattr(classifier.backbone, 'name', type(classifier.backbone).__name__)}"
+    }
     if classifier.class_names is not None:
         names = list(classifier.class_names)
         more = f", and {len(names) - _NAMES_SHOWN} more" if len(names) > _NAMES_SHOWN else ""

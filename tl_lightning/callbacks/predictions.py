@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from tl_lightning.batch import PADDING, Batch, NamesFiles
@@ -30,7 +30,7 @@ class PredictionWriter(Callback):
             TypeError: The model is no classifier of this library, or the data do not name their files.
         """
         folder = trainer.log_dir  # asks all ranks
-        if not isinstance(pl_module, TransferClassifier) or not isinstance(trainer.datamodule, NamesFiles):  # type: ignore[attr-defined]
+        if not isinstance(pl_module, TransferClassifier) or not isinstance(trainer.datamodule, NamesFiles):  # type: ignore[attr-defined]  # Lightning attaches it
             raise TypeError("predictions are written for a TransferClassifier on a data module that has predict_files")
         self._path = Path(folder or ".") / "predictions.csv"
         self._rows = 0
@@ -49,13 +49,14 @@ class PredictionWriter(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
+        """Write the rows of a batch, of all ranks."""
         # All ranks have equally many rows, and a global batch is a contiguous piece of the order.
         probabilities = _all_rows(trainer, outputs)  # (ranks * N, K)
         indices = _all_rows(trainer, batch.index)  # (ranks * N,)
         if self._file is None:
             return
-        files = trainer.datamodule.predict_files  # type: ignore[attr-defined]
-        names = pl_module.class_names or [f"class {number}" for number in range(probabilities.shape[1])]
+        files = trainer.datamodule.predict_files  # type: ignore[attr-defined]  # Lightning attaches it
+        names: Any = pl_module.class_names or [f"class {number}" for number in range(probabilities.shape[1])]
         writer = csv.writer(self._file)
         for index, row in zip(indices.tolist(), probabilities.tolist(), strict=True):
             if index != PADDING:
@@ -64,6 +65,7 @@ class PredictionWriter(Callback):
                 self._rows += 1
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Close the file and give it its name."""
         if self._file is not None:
             self._file.close()
             self._file = None

@@ -15,7 +15,7 @@ from tl_lightning.data import folder as folders
 from tl_lightning.data.folder import Samples
 from tl_lightning.data.loader import EpochLoader, ImageDataset, Transform
 from tl_lightning.data.order import EpochBatches
-from tl_lightning.images import WHITE, read_image
+from tl_lightning.images import SUFFIXES, WHITE, read_image
 from tl_lightning.transforms import Preprocessing, eval_transform, train_transform
 
 _MOST_WORKERS = 8
@@ -133,7 +133,7 @@ class ImageFolderDataModule(LightningDataModule):
         root = folders.check_root(self.root)
         files = sorted(folders.find_images(root, root))
         if not files:
-            raise ValueError(f"{str(root)!r} holds no images to predict ({', '.join(sorted(folders.SUFFIXES))})")
+            raise ValueError(f"{str(root)!r} holds no images to predict ({', '.join(sorted(SUFFIXES))})")
         return files
 
     # Lightning's hooks ----------------------------------------------------------------------------------------------
@@ -214,8 +214,12 @@ class ImageFolderDataModule(LightningDataModule):
         if now["seed"] != state_dict["seed"]:
             why = f"the split was drawn from seed {state_dict['seed']} then and from {now['seed']} now; give that seed"
         else:
-            why = "images, or the shares of the splits, have changed since; restore them, or give folders for the splits"
-        consequence = "a resumed run would not be the same run" if fitting else "images trained on would count as unseen"
+            why = (
+                "images, or the shares of the splits, have changed since; restore them, or give folders for the splits"
+            )
+        consequence = (
+            "a resumed run would not be the same run" if fitting else "images trained on would count as unseen"
+        )
         raise ValueError(f"the checkpoint was trained on other images of {str(self.root)!r}, so {consequence}: {why}")
 
     # ----------------------------------------------------------------------------------------------------------------

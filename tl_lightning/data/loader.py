@@ -1,9 +1,12 @@
 """A loader that can be left in the middle of an epoch and taken up again there."""
 
+import sys
+import time
 from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
@@ -12,20 +15,26 @@ from tl_lightning.batch import PADDING, UNLABELLED, Batch
 from tl_lightning.chance import seeded
 from tl_lightning.data.order import EpochBatches, Key
 
+_REST_S = 0.05
+
+_Sample = tuple[Tensor, int, int]  # image, target, index
+
 
 class Transform(Protocol):
     """From a uint8 image (3, H, W) to a float image (3, h, w)."""
 
-    def __call__(self, image: Tensor, /) -> Tensor: ...
+    def __call__(self, image: Tensor, /) -> Tensor:
+        """Transform the image."""
 
 
 class ReadsImages(Protocol):
     """From a place in a split to a uint8 image (3, H, W)."""
 
-    def __call__(self, index: int, /) -> Tensor: ...
+    def __call__(self, index: int, /) -> Tensor:
+        """Read the image at a place."""
 
 
-class ImageDataset(Dataset[Batch]):
+class ImageDataset(Dataset[_Sample]):
     """Images by (index, epoch), so that augmentation depends on nothing else.
 
     Args:
@@ -41,7 +50,8 @@ class ImageDataset(Dataset[Batch]):
         self.transform = transform
         self.seed = seed
 
-    def __getitem__(self, key: Key) -> tuple[Tensor, int, int]:
+    def __getitem__(self, key: Key) -> _Sample:
+        """Make the sample of a key."""
         image = self.read(key.index)
         with seeded(self.seed, "augmentation", key.epoch, key.index):
             image = self.transform(image)
@@ -49,7 +59,7 @@ class ImageDataset(Dataset[Batch]):
         return image, target, PADDING if key.padding else key.index
 
 
-def collate(samples: Sequence[tuple[Tensor, int, int]]) -> Batch:
+def collate(samples: Sequence[_Sample]) -> Batch:
     """Put samples into a batch of images."""
     images, targets, indices = zip(*samples, strict=True)
     return Batch(torch.stack(images), torch.tensor(targets), torch.tensor(indices), None)
@@ -68,11 +78,11 @@ class EpochLoader:
         pin_memory: Put batches into pinned memory, for a GPU.
     """
 
-    def __init__(self, dataset: Dataset[Batch], batches: EpochBatches, *, num_workers: int, pin_memory: bool) -> None:
+    def __init__(self, dataset: Dataset[_Sample], batches: EpochBatches, *, num_workers: int, pin_memory: bool) -> None:
         self.sampler = self.batch_sampler = batches  # where Lightning looks for set_epoch, and for shuffling
         self._consumed = 0
         self._resume_at = (-1, 0)
-        self._loader: DataLoader[Batch] = DataLoader(
+        self._loader: DataLoader[_Sample] = DataLoader(
             dataset,
             batch_sampler=batches,
             num_workers=num_workers,
@@ -83,13 +93,17 @@ class EpochLoader:
         )
 
     def __len__(self) -> int:
+        """Return the number of batches of an epoch."""
         return len(self.sampler)
 
     def __iter__(self) -> Iterator[Batch]:
+        """Iterate over the batches of the epoch, or over those that are left of it after a state was loaded."""
         # A generator: it looks at the epoch when the first batch is asked for, since Lightning makes the iterator of a
         # resumed run before it says which epoch it is.
         epoch, consumed = self._resume_at
         self._consumed = self.sampler.start = consumed if epoch == self.sampler.epoch else 0
+        if self._loader.num_workers > 0 and self._loader._iterator is None:
+            _wait_until_safe_to_fork()
         for batch in self._loader:
             self._consumed += 1
             yield batch
@@ -108,3 +122,14 @@ class EpochLoader:
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Go on after the batches of a saved state, if its epoch comes next."""
         self._resume_at = (state["epoch"], state["batches"])
+
+
+def _wait_until_safe_to_fork() -> None:
+    """Let the threads of the last collective operation come to rest before worker processes are forked.
+
+    When one has just ended, a thread of torch.distributed frees its tensors, for which it registers with Python. Before
+    Python 3.12 a process forked at that very moment waits for ever for the lock that this takes: ``PyOS_AfterFork_Child``
+    makes that lock anew only after it has used it.
+    """
+    if sys.version_info < (3, 12) and dist.is_available() and dist.is_initialized():
+        time.sleep(_REST_S)

@@ -12,7 +12,7 @@ from tl_lightning.chance import derive_seed
 class Key(NamedTuple):
     """What a data set needs to know to make a sample, so that no worker holds a state."""
 
-    index: int
+    index: int  # type: ignore[assignment]  # hides tuple.index, which a key has no use for
     epoch: int
     padding: bool
 
@@ -57,9 +57,11 @@ class EpochBatches:
         self.epoch = epoch
 
     def __len__(self) -> int:
+        """Return the number of batches of an epoch."""
         return len(self._sizes)
 
     def __iter__(self) -> Iterator[list[Key]]:
+        """Iterate over the keys of each batch of the epoch."""
         if self.shuffle:
             generator = torch.Generator().manual_seed(derive_seed(self.seed, "order", self.epoch))
             order = torch.randperm(self.length, generator=generator).tolist()

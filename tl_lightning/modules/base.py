@@ -7,9 +7,9 @@ from typing import Any, Literal
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from lightning.pytorch.utilities.types import LRSchedulerConfigType, OptimizerLRScheduler
 from torch import Tensor, nn
-from torchmetrics import MeanMetric, MetricCollection
+from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 from typing_extensions import Self
 
@@ -21,6 +21,7 @@ from tl_lightning.heads import LinearHead
 from tl_lightning.makeup import Recorded
 from tl_lightning.memory import keep_freed_memory
 from tl_lightning.modules import checkpoint as checkpoints
+from tl_lightning.modules.metrics import MeanLoss
 
 HEAD = "head"
 """As a boundary: the pooled features; as a first trainable stage: none of the backbone."""
@@ -69,7 +70,7 @@ class TransferClassifier(Recorded, LightningModule):
         checkpoints.check(self)  # now, not when the first checkpoint is due
 
         self.head = self.build_head(backbone.feature_dim, num_classes)
-        self.train_loss, self.val_loss, self.test_loss = (MeanMetric(nan_strategy="disable") for _ in range(3))
+        self.train_loss, self.val_loss, self.test_loss = (MeanLoss() for _ in range(3))
         metrics = self.build_metrics()
         self.val_metrics, self.test_metrics = metrics.clone(prefix="val_"), metrics.clone(prefix="test_")
         freezing.freeze(backbone)
@@ -170,6 +171,7 @@ class TransferClassifier(Recorded, LightningModule):
         seed_torch(run_seed(), "step", self.trainer.global_step, batch_idx, self.trainer.global_rank)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Compute the loss of a training batch."""
         logits = self.forward_from(batch.inputs, batch.boundary)
         loss = self.compute_loss(logits, batch.target)
         self.train_loss.update(loss.detach(), len(logits))
@@ -177,12 +179,14 @@ class TransferClassifier(Recorded, LightningModule):
         return loss
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Add a validation batch to the loss and the metrics."""
         self._evaluate(batch, "val_loss", self.val_loss, self.val_metrics)
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
+        """Add a test batch to the loss and the metrics."""
         self._evaluate(batch, "test_loss", self.test_loss, self.test_metrics)
 
-    def _evaluate(self, batch: Batch, loss_name: str, loss: MeanMetric, metrics: MetricCollection) -> None:
+    def _evaluate(self, batch: Batch, loss_name: str, loss: MeanLoss, metrics: MetricCollection) -> None:
         logits = self.forward_from(batch.inputs, batch.boundary)
         real = batch.index != PADDING
         if bool(real.any()):
@@ -207,11 +211,13 @@ class TransferClassifier(Recorded, LightningModule):
         if self.scheduler is None:
             total_steps = self.trainer.estimated_stepping_batches
             if total_steps == float("inf"):
-                raise ValueError("the schedule needs the length of the run: set max_epochs or max_steps, or a scheduler")
+                raise ValueError(
+                    "the schedule needs the length of the run: set max_epochs or max_steps, or a scheduler"
+                )
             schedule = optim.warmup_cosine(optimizer, int(total_steps))
             return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
         schedule_by_user = self.scheduler(optimizer)
-        config: dict[str, Any] = {"scheduler": schedule_by_user, "interval": self.scheduler_interval}
+        config: LRSchedulerConfigType = {"scheduler": schedule_by_user, "interval": self.scheduler_interval}
         if isinstance(schedule_by_user, torch.optim.lr_scheduler.ReduceLROnPlateau):
             config["monitor"] = getattr(schedule_by_user, "monitor", "val_loss")
         return {"optimizer": optimizer, "lr_scheduler": config}
@@ -223,7 +229,7 @@ class TransferClassifier(Recorded, LightningModule):
         checkpoint[checkpoints.KEY] = checkpoints.describe(self)
 
     @classmethod
-    def load_from_checkpoint(  # type: ignore[override] # a checkpoint is enough: it takes no hyperparameters
+    def load_from_checkpoint(  # type: ignore[override]  # a checkpoint is enough: it takes no hyperparameters
         cls, checkpoint_path: str | Path, map_location: str | torch.device | None = None
     ) -> Self:
         """Make the classifier of a checkpoint, without a network, a download or another argument.

@@ -74,11 +74,13 @@ def read(path: str | Path, map_location: str | torch.device | None = None) -> di
         raise FileNotFoundError(f"the checkpoint {str(path)!r} does not exist (looked in {path.resolve().parent})")
     try:
         checkpoint = torch.load(path, map_location=map_location or "cpu", weights_only=True)
-    except Exception as error:  # noqa: BLE001 - the reader raises half a dozen kinds; the message names the file in all
+    except Exception as error:
         reason = str(error).splitlines()[0]
-        raise ValueError(f"the checkpoint {str(path)!r} cannot be read safely ({type(error).__name__}: {reason})") from error
-    if not (isinstance(checkpoint, dict) and isinstance(checkpoint.get(KEY), dict)):
         raise ValueError(
+            f"the checkpoint {str(path)!r} cannot be read safely ({type(error).__name__}: {reason})"
+        ) from error
+    if not (isinstance(checkpoint, dict) and isinstance(checkpoint.get(KEY), dict)):
+        raise ValueError(  # noqa: TRY004 - what is wrong is the file's content, not the type of an argument
             f"{str(path)!r} is not a checkpoint of tl_lightning: it does not say what its model is made of. The weights of a "
             "backbone are loaded with the backbone's argument 'weights'"
         )
@@ -97,7 +99,7 @@ def load(cls: type[_C], path: str | Path, map_location: str | torch.device | Non
     described = made_of["model"]
     saved = makeup.known_class(described["class_path"])
     if not issubclass(saved, cls):
-        raise ValueError(
+        raise ValueError(  # noqa: TRY004 - what is wrong is the file's content, not the type of an argument
             f"{str(path)!r} holds a {described['class_path']}, which is no {cls.__name__}; load it with "
             f"{saved.__name__}.load_from_checkpoint, or TransferClassifier's, which loads any"
         )
@@ -105,7 +107,8 @@ def load(cls: type[_C], path: str | Path, map_location: str | torch.device | Non
     if "weights" in backbone["init_args"]:
         backbone = backbone | {"init_args": backbone["init_args"] | {"weights": None}}
     rebuilt = makeup.rebuild(backbone)
-    rebuilt.preprocessing = Preprocessing(*(tuple(v) if isinstance(v, list) else v for v in made_of["preprocessing"]))
+    fields: list[Any] = [tuple(v) if isinstance(v, list) else v for v in made_of["preprocessing"]]
+    rebuilt.preprocessing = Preprocessing(*fields)
     names = made_of["class_names"]
     args, kwargs = makeup.rebuild(described["args"]), makeup.rebuild(described["init_args"])
     if args:  # a signature with *args: the backbone comes first

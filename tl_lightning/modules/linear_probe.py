@@ -14,4 +14,5 @@ class LinearProbe(TransferClassifier):
     """
 
     def build_head(self, in_features: int, num_classes: int) -> nn.Module:
+        """Build the standardisation and the linear layer."""
         return LinearHead(in_features, num_classes, standardize=True)

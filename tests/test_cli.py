@@ -1,0 +1,220 @@
+"""The command line, end to end, on small images."""
+
+import csv
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from tests.doubles import image_folder, save_image
+from tl_lightning.cli import main
+from tl_lightning.images import read_image
+from tl_lightning.modules import TransferClassifier
+from tl_lightning.transforms import eval_transform
+
+TINY = ["--backbone=tests.doubles.TinyBackbone", "--model=LinearProbe"]
+
+
+def fit(root: Path, runs: Path, *more: str) -> Path:
+    """Fit by the command line and return the run's folder."""
+    common = ["--data=ImageFolderDataModule", "--data.num_workers=0", "--trainer.max_epochs=2", "--model.lr=0.05"]
+    before = set(runs.glob("version_*"))
+    main(["fit", *TINY, *common, f"--data.root={root}", f"--trainer.default_root_dir={runs}", *more])
+    (new,) = set(runs.glob("version_*")) - before
+    return new
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = image_folder(tmp_path_factory.mktemp("cli") / "photos", {"ant": 12, "bee": 16, "cat": 13})
+    return fit(root, root.parent / "runs", "--data.val_fraction=0.3", "--trainer.max_epochs=15")
+
+
+def photos_of(run: Path) -> Path:
+    return run.parent.parent / "photos"
+
+
+# What a fit says and leaves behind ------------------------------------------------------------------------------------
+
+
+def test_fit_leaves_best_last_metrics_and_configuration(run: Path) -> None:
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["best.ckpt", "last.ckpt"]
+    assert {"config.yaml", "metrics.csv"} <= {path.name for path in run.iterdir()}
+    header = (run / "metrics.csv").read_text().splitlines()[0].split(",")
+    assert {"train_loss", "val_loss", "val_accuracy", "val_f1"} <= set(header)
+
+
+def test_last_is_the_last_epoch_and_best_the_best(run: Path) -> None:
+    last, best = (torch.load(run / "checkpoints" / f"{name}.ckpt", weights_only=True) for name in ("last", "best"))
+    assert last["epoch"] == 14
+    rows = list(csv.DictReader((run / "metrics.csv").read_text().splitlines()))
+    scores = [float(row["val_f1"]) for row in rows if row["val_f1"]]
+    assert best["epoch"] == scores.index(max(scores))
+
+
+def test_plan_and_outcome_are_printed(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = fit(photos, tmp_path, "--test_after_fit=true")
+    printed = " ".join(capsys.readouterr().out.split())
+    for part in (
+        "LinearProbe on tiny",
+        "3: ant, bee, cat",
+        "33 train, 4 val, 4 test",
+        "backbone, stem to layer3:",
+        "parameters, in eval mode",
+        "head: 75 parameters",
+        "AdamW: head 0.05, head_no_decay 0.05",
+        "2 epochs, 2 steps",
+        "best val_f1",
+        "test accuracy",
+        "test macro F1",
+        str(folder),
+    ):
+        assert part in printed.replace(" /", "/").replace("/ ", "/"), part
+
+
+def test_test_after_fit_takes_the_best_checkpoint(photos: Path, tmp_path: Path) -> None:
+    folder = fit(photos, tmp_path, "--test_after_fit=true", "--data.test_fraction=0.3", "--trainer.max_epochs=4")
+    rows = list(csv.DictReader((folder / "metrics.csv").read_text().splitlines()))
+    (tested,) = [float(row["test_loss"]) for row in rows if row.get("test_loss")]
+    (again,) = _tested(photos, folder, tmp_path / "again", "--data.test_fraction=0.3")
+    assert again == pytest.approx(tested, rel=1e-5)
+
+
+def _tested(photos: Path, folder: Path, runs: Path, *more: str) -> list[float]:
+    checkpoint = f"--ckpt_path={folder / 'checkpoints' / 'best.ckpt'}"
+    data = ["--data=ImageFolderDataModule", f"--data.root={photos}", "--data.num_workers=0"]
+    main(["test", *data, checkpoint, f"--trainer.default_root_dir={runs}", *more])
+    rows = list(csv.DictReader((runs / "version_0" / "metrics.csv").read_text().splitlines()))
+    return [float(row["test_loss"]) for row in rows]
+
+
+def test_test_needs_neither_model_nor_backbone_even_if_the_configuration_has_them(run: Path, tmp_path: Path) -> None:
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    assert config["model"]["init_args"]["lr"] == 0.05
+    config["backbone"]["init_args"]["weights"] = "no/such/file.pth"
+    config["trainer"]["default_root_dir"] = str(tmp_path)
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    main(["test", f"--config={tmp_path / 'config.yaml'}", f"--ckpt_path={run / 'checkpoints' / 'best.ckpt'}"])
+    main(["validate", f"--config={tmp_path / 'config.yaml'}", f"--ckpt_path={run / 'checkpoints' / 'best.ckpt'}"])
+
+
+# Prediction -----------------------------------------------------------------------------------------------------------
+
+
+def predict(run: Path, root: Path, runs: Path, *more: str) -> list[dict[str, str]]:
+    checkpoint = f"--ckpt_path={run / 'checkpoints' / 'best.ckpt'}"
+    main(["predict", f"--data.root={root}", checkpoint, f"--trainer.default_root_dir={runs}", *more])
+    (table,) = runs.rglob("predictions.csv")
+    return list(csv.DictReader(table.read_text(encoding="utf-8").splitlines()))
+
+
+def test_flat_folder_predicts_the_right_classes(run: Path, tmp_path: Path) -> None:
+    for number, name in enumerate(("ant", "bee", "cat") * 8):
+        save_image(tmp_path / "flat" / f"{number:02d} {name}, new.png", seed=9000 + number, colour=number % 3)
+    rows = predict(run, tmp_path / "flat", tmp_path / "runs", "--data.batch_size=5", "--data.num_workers=0")
+    assert list(rows[0]) == ["path", "class_name", "probability", "ant", "bee", "cat"]
+    assert [row["path"] for row in rows] == sorted(row["path"] for row in rows)
+    assert len(rows) == 24
+    right = sum(row["class_name"] in row["path"] for row in rows)
+    assert right >= 20, f"{right} of 24"
+    model = TransferClassifier.load_from_checkpoint(run / "checkpoints" / "best.ckpt")
+    transform = eval_transform(model.backbone.preprocessing)
+    for row in rows[:7]:
+        with torch.no_grad():
+            expected = model(transform(read_image(tmp_path / "flat" / row["path"]))[None]).softmax(1)[0].tolist()
+        given = [float(row[name]) for name in ("ant", "bee", "cat")]
+        assert given == pytest.approx(expected, abs=1e-5)
+        assert float(row["probability"]) == max(given)
+
+
+def test_nested_folder_keeps_its_paths(run: Path, tmp_path: Path) -> None:
+    rows = predict(run, photos_of(run), tmp_path, "--data.num_workers=0")
+    assert len(rows) == 41
+    assert rows[0]["path"] == "ant/000.png"
+    assert sum(row["path"].startswith(row["class_name"]) for row in rows) > 30
+
+
+def test_default_data_module_takes_a_folder(run: Path, tmp_path: Path) -> None:
+    checkpoint = f"--ckpt_path={run / 'checkpoints' / 'best.ckpt'}"
+    main(["predict", f"--data.root={photos_of(run)}", checkpoint, f"--trainer.default_root_dir={tmp_path}"])
+    assert list(tmp_path.rglob("predictions.csv"))
+
+
+# Wrong input ----------------------------------------------------------------------------------------------------------
+
+
+def fails(capsys: pytest.CaptureFixture[str], *args: str) -> str:
+    with pytest.raises((SystemExit, ValueError, FileNotFoundError)) as caught:
+        main(list(args))
+    return f"{caught.value}{capsys.readouterr().err}"
+
+
+@pytest.mark.parametrize("subcommand", ["test", "validate", "predict"])
+def test_missing_checkpoint(subcommand: str, photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    message = fails(capsys, subcommand, f"--data.root={photos}")
+    assert "a trained model is needed: add --ckpt_path FILE" in message
+    message = fails(capsys, subcommand, f"--data.root={photos}", "--ckpt_path=none.ckpt")
+    assert "the checkpoint 'none.ckpt' does not exist" in message
+
+
+def test_fit_without_a_folder(capsys: pytest.CaptureFixture[str]) -> None:
+    message = fails(capsys, "fit")
+    assert "the following arguments are required: root" in message
+    assert len(message.splitlines()) < 12, "the mistake drowns in usage"
+
+
+def test_number_of_classes_typed_by_hand(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    message = fails(
+        capsys, "fit", *TINY, f"--data.root={photos}", "--model.num_classes=7", f"--trainer.default_root_dir={tmp_path}"
+    )
+    assert "model.num_classes is 7, and the data have 3 classes (ant, bee, cat); leave it out" in message
+    assert not list(tmp_path.iterdir()), "something was written before the mistake was found"
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--backbone=TorchvisionBackbone", "--backbone.name=resnet19"], "did you mean 'resnet1"),
+        (["--backbone=TorchvisionBackbone", "--backbone.name=resnet18", "--backbone.weights=x.pth"], "does not exist"),
+        (["--backbone=tests.doubles.TinyBackbone", "--data.root=nowhere"], "the data folder 'nowhere' does not exist"),
+    ],
+)
+def test_mistakes_are_found_before_anything_is_written(
+    args: list[str], message: str, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    common = ["fit", "--model=LinearProbe", f"--data.root={photos}", f"--trainer.default_root_dir={tmp_path}"]
+    assert message in fails(capsys, *common, *args)
+    assert not list(tmp_path.iterdir())
+
+
+# Help -----------------------------------------------------------------------------------------------------------------
+
+
+def _seconds(*command: str) -> float:
+    start = time.perf_counter()
+    subprocess.run([sys.executable, *command], check=True, capture_output=True)  # noqa: S603 - our own interpreter
+    return time.perf_counter() - start
+
+
+@pytest.mark.slow
+def test_help_costs_little_more_than_importing_lightning() -> None:
+    commands = {
+        "lightning": ["-c", "import lightning.pytorch"],
+        "help": ["-m", "tl_lightning", "--help"],
+        "fit": ["-m", "tl_lightning", "fit", "--help"],
+    }
+    seconds = {name: min(_seconds(*command) for _ in range(5)) for name, command in commands.items()}
+    assert seconds["help"] < 1.2 * seconds["lightning"], seconds
+    assert seconds["fit"] < 1.2 * seconds["lightning"], seconds
+
+
+def test_help_reads_well() -> None:
+    help_text = subprocess.run(
+        [sys.executable, "-m", "tl_lightning", "fit", "--help"], check=True, capture_output=True, text=True
+    ).stdout
+    for part in ("Train a classifier on a folder of images", "--backbone", "--data", "--model", "--test_after_fit"):
+        assert part in help_text

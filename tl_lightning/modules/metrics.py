@@ -1,0 +1,31 @@
+"""The mean loss."""
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+
+class MeanLoss(Metric):
+    """The mean over samples of a loss that is known as the mean of each batch, over batches and ranks.
+
+    Unlike torchmetrics' MeanMetric it neither passes over a loss that is not a number nor, told to let it through
+    (``nan_strategy="disable"``, torchmetrics 1.9), forgets how many samples a batch has.
+    """
+
+    full_state_update = False
+    total: Tensor
+    count: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("total", torch.zeros(()), dist_reduce_fx="sum")
+        self.add_state("count", torch.zeros(()), dist_reduce_fx="sum")
+
+    def update(self, mean: Tensor, samples: int) -> None:
+        """Add the mean loss (a scalar) of so many samples."""
+        self.total += mean * samples
+        self.count += samples
+
+    def compute(self) -> Tensor:
+        """Return the mean over all samples, a scalar."""
+        return self.total / self.count
