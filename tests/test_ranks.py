@@ -1,0 +1,97 @@
+"""Two processes give the numbers of one."""
+
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+
+from tests.doubles import TinyBackbone
+from tests.ranks import run_on_ranks
+from tl_lightning.callbacks import PredictionWriter
+from tl_lightning.data import ImageFolderDataModule
+from tl_lightning.freezing import fingerprint
+from tl_lightning.modules import LinearProbe
+
+
+def train_and_score(photos: str, folder: str, world: int) -> dict[str, Any]:
+    """Train in float64 with the same global batch on any number of ranks, then score and predict odd-sized sets."""
+    pl.seed_everything(1)
+    backbone = TinyBackbone()
+    data = ImageFolderDataModule(
+        photos, batch_size=8 // world, num_workers=0, val_fraction=0.3, preprocessing=backbone.preprocessing
+    )
+    model = LinearProbe(backbone, num_classes=3, lr=0.05)
+    trainer = pl.Trainer(
+        max_epochs=4,
+        accelerator="cpu",
+        devices=world,
+        strategy="ddp" if world > 1 else "auto",
+        precision="64-true",
+        default_root_dir=folder,
+        callbacks=[PredictionWriter()],
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=False,
+    )
+    trainer.fit(model, data)
+    weights = {name: tensor.flatten().tolist() for name, tensor in model.head.state_dict().items()}
+    result = {
+        "sizes": {name: len(samples.files) for name, samples in data.splits.items()},
+        "weights": weights,
+        "fingerprint": fingerprint(model),
+        "fit": {name: float(value) for name, value in trainer.callback_metrics.items()},
+        "validate": trainer.validate(model, data, verbose=False)[0],
+        "test": trainer.test(model, data, verbose=False)[0],
+    }
+    trainer.predict(model, data, return_predictions=False)
+    return result
+
+
+@pytest.fixture(scope="module")
+def runs(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[Any]]:
+    folder = tmp_path_factory.mktemp("ranks")
+    return {
+        world: run_on_ranks(
+            "tests.test_ranks",
+            "train_and_score",
+            folder / f"{world}.out",
+            world=world,
+            photos=str(photos),
+            folder=str(folder / str(world)),
+        )
+        + [(folder / str(world) / "predictions.csv").read_text()]
+        for world in (1, 2)
+    }
+
+
+def test_replicas_are_identical(runs: dict[int, list[Any]]) -> None:
+    assert runs[2][0]["fingerprint"] == runs[2][1]["fingerprint"]
+
+
+def test_two_processes_train_to_the_weights_of_one(runs: dict[int, list[Any]]) -> None:
+    one, two = runs[1][0], runs[2][0]
+    assert one["sizes"] == {"train": 24, "val": 13, "test": 4}
+    assert one["weights"]["standardize.count"] == [96.0]
+    for name, values in one["weights"].items():
+        assert two["weights"][name] == pytest.approx(values, abs=1e-12), name
+
+
+def test_scores_are_the_same_on_sets_of_odd_size(runs: dict[int, list[Any]]) -> None:
+    for stage in ("fit", "validate", "test"):
+        one, *others = runs[1][0][stage], runs[2][0][stage], runs[2][1][stage]
+        for other in others:
+            assert other.keys() == one.keys()
+            for name, value in one.items():
+                exact = "loss" not in name
+                assert other[name] == (value if exact else pytest.approx(value, rel=1e-6)), (stage, name)
+
+
+def test_predictions_are_the_same_rows(runs: dict[int, list[Any]]) -> None:
+    tables = [[line.split(",") for line in runs[world][-1].splitlines()] for world in (1, 2)]
+    assert [len(table) for table in tables] == [42, 42]
+    for first, second in zip(*tables, strict=True):
+        assert first[:2] == second[:2]
+        if first[0] != "path":
+            assert [float(p) for p in first[2:]] == pytest.approx([float(p) for p in second[2:]], rel=1e-5)
