@@ -51,19 +51,13 @@ def train_and_score(photos: str, folder: str, world: int) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def runs(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[Any]]:
-    folder = tmp_path_factory.mktemp("ranks")
-    return {
-        world: run_on_ranks(
-            "tests.test_ranks",
-            "train_and_score",
-            folder / f"{world}.out",
-            world=world,
-            photos=str(photos),
-            folder=str(folder / str(world)),
-        )
-        + [(folder / str(world) / "predictions.csv").read_text()]
-        for world in (1, 2)
-    }
+    found = {}
+    for world in (1, 2):
+        folder = tmp_path_factory.mktemp(f"{world}-ranks")
+        arguments = {"photos": str(photos), "folder": str(folder)}
+        ranks = run_on_ranks("tests.test_ranks", "train_and_score", folder / "out", world=world, **arguments)
+        found[world] = [*ranks, (folder / "predictions.csv").read_text()]
+    return found
 
 
 def test_replicas_are_identical(runs: dict[int, list[Any]]) -> None:

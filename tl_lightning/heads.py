@@ -40,18 +40,22 @@ class Standardize(nn.Module):
 
     @torch.no_grad()
     def _see(self, features: Tensor) -> None:
-        deviation = features.to(self.mean.dtype) - self.mean  # from a mean near theirs, so that squares cancel little
-        sums = torch.cat([deviation.sum(0), deviation.square().sum(0), deviation.new_full((1,), len(deviation))])
-        if dist.is_available() and dist.is_initialized():
-            dist.all_reduce(sums)
-        total, squares, count = torch.split(sums, [len(self.mean), len(self.mean), 1])
-        shift = total / count
-        within = (squares - total * shift).clamp_min(0)
-        both = self.count + count.squeeze()
-        between = shift.square() * self.count * count / both
-        self.variance.copy_((self.variance * self.count + within + between) / both)
+        features = features.to(self.mean.dtype)
+        sums = _over_ranks(torch.cat([features.sum(0), features.new_full((1,), len(features))]))
+        count = sums[-1]
+        mean = sums[:-1] / count
+        within = _over_ranks((features - mean).square().sum(0))  # from their own mean, so that nothing cancels
+        both = self.count + count
+        shift = mean - self.mean
+        self.variance.copy_((self.variance * self.count + within + shift.square() * self.count * count / both) / both)
         self.mean.add_(shift * count / both)
         self.count.copy_(both)
+
+
+def _over_ranks(sums: Tensor) -> Tensor:
+    if dist.is_available() and dist.is_initialized():
+        dist.all_reduce(sums)
+    return sums
 
 
 class LinearHead(nn.Module):
