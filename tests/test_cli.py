@@ -11,7 +11,7 @@ import torch
 import yaml
 
 from tests.doubles import image_folder, save_image
-from tl_lightning.cli import main
+from tl_lightning.cli import default_precision, main
 from tl_lightning.images import read_image
 from tl_lightning.modules import TransferClassifier
 from tl_lightning.transforms import eval_transform
@@ -100,6 +100,18 @@ def test_test_needs_neither_model_nor_backbone_even_if_the_configuration_has_the
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
     main(["test", f"--config={tmp_path / 'config.yaml'}", f"--ckpt_path={run / 'checkpoints' / 'best.ckpt'}"])
     main(["validate", f"--config={tmp_path / 'config.yaml'}", f"--ckpt_path={run / 'checkpoints' / 'best.ckpt'}"])
+
+
+def test_precision_is_chosen_by_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    for available, native, expected in (
+        (False, False, "32-true"),
+        (True, False, "16-mixed"),
+        (True, True, "bf16-mixed"),
+    ):
+        monkeypatch.setattr("torch.cuda.is_available", lambda found=available: found)
+        monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda including_emulation, found=native: found)
+        assert default_precision("auto") == expected
+        assert default_precision("cpu") == "32-true"
 
 
 # Prediction -----------------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NoReturn
 
+import torch
 from lightning.pytorch import Callback, LightningDataModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
@@ -166,6 +167,8 @@ class TransferCLI(LightningCLI):
             kwargs["enable_checkpointing"] = False
         elif config["enable_checkpointing"] is not False and not any(isinstance(c, ModelCheckpoint) for c in own):
             added += best_and_last()
+        if config["precision"] is None:
+            kwargs["precision"] = default_precision(str(config["accelerator"]))
         if config["logger"] in (None, True):
             kwargs["logger"] = default_loggers(self._run_folder(Path(config["default_root_dir"])))
         return super().instantiate_trainer(callbacks=own + added, **kwargs)
@@ -199,6 +202,13 @@ def best_and_last() -> list[Callback]:
         ModelCheckpoint(filename="best", monitor="val_f1", mode="max", enable_version_counter=False),
         ModelCheckpoint(filename="last", enable_version_counter=False, save_on_train_epoch_end=True),
     ]
+
+
+def default_precision(accelerator: str) -> str:
+    """Choose mixed precision on a CUDA device, bfloat16 where it is native, and single precision elsewhere."""
+    if accelerator not in ("auto", "gpu", "cuda") or not torch.cuda.is_available():
+        return "32-true"
+    return "bf16-mixed" if torch.cuda.is_bf16_supported(including_emulation=False) else "16-mixed"
 
 
 def default_loggers(folder: Path) -> list[Logger]:
