@@ -114,6 +114,34 @@ def test_precision_is_chosen_by_the_device(monkeypatch: pytest.MonkeyPatch) -> N
         assert default_precision("cpu") == "32-true"
 
 
+def test_optimizer_and_scheduler_by_class_path(photos: Path, tmp_path: Path) -> None:
+    config = {
+        "model": {
+            "class_path": "LinearProbe",
+            "init_args": {
+                "lr": 0.3,
+                "optimizer": {"class_path": "torch.optim.SGD", "init_args": {"momentum": 0.9}},
+                "scheduler": {
+                    "class_path": "torch.optim.lr_scheduler.StepLR",
+                    "init_args": {"step_size": 1, "gamma": 0.5},
+                },
+            },
+        },
+        "data": {"class_path": "ImageFolderDataModule", "init_args": {"root": str(photos), "num_workers": 0}},
+        "backbone": {"class_path": "tests.doubles.TinyBackbone"},
+        "trainer": {"max_epochs": 2, "default_root_dir": str(tmp_path)},
+    }
+    (tmp_path / "sgd.yaml").write_text(yaml.safe_dump(config))
+    main(["fit", f"--config={tmp_path / 'sgd.yaml'}"])
+    last = torch.load(tmp_path / "version_0" / "checkpoints" / "last.ckpt", weights_only=True)
+    groups = last["optimizer_states"][0]["param_groups"]
+    assert [(g["momentum"], g["weight_decay"], g["initial_lr"], g["lr"]) for g in groups] == [(0.9, 0, 0.3, 0.075)] * 2
+    config["model"]["init_args"]["optimizer"]["init_args"]["lr"] = 0.1  # type: ignore[index]  # a tree of dicts
+    (tmp_path / "sgd.yaml").write_text(yaml.safe_dump(config))
+    with pytest.raises(ValueError, match=r"SGD was given lr=0\.1, which would be ignored"):
+        main(["fit", f"--config={tmp_path / 'sgd.yaml'}"])
+
+
 # Prediction -----------------------------------------------------------------------------------------------------------
 
 

@@ -203,3 +203,17 @@ def test_lightning_restores_it_safely(photos: Path, checkpoint: Path, tmp_path: 
     trainer = pl.Trainer(logger=False, enable_progress_bar=False)
     model = LinearProbe(backbone, num_classes=2)
     trainer.test(model, data, ckpt_path=checkpoint, weights_only=True, verbose=False)
+
+
+def test_training_on_without_the_optimizer_that_was_chosen_is_refused(photos: Path, tmp_path: Path) -> None:
+    backbone = TinyBackbone()
+    data = ImageFolderDataModule(str(photos), num_workers=0, preprocessing=backbone.preprocessing)
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_checkpointing": False}
+    trainer = pl.Trainer(max_epochs=1, **quiet)  # type: ignore[arg-type]  # all are bool
+    trainer.fit(LinearProbe(backbone, num_classes=3, optimizer=torch.optim.SGD), data)
+    trainer.save_checkpoint(tmp_path / "sgd.ckpt")
+    again = LinearProbe.load_from_checkpoint(tmp_path / "sgd.ckpt")
+    with pytest.raises(
+        ValueError, match="does not bring back its optimizer; to train on, make the classifier with them"
+    ):
+        pl.Trainer(max_epochs=2, **quiet).fit(again, data)  # type: ignore[arg-type]  # all are bool

@@ -66,6 +66,7 @@ class TransferClassifier(Recorded, LightningModule):
         self.optimizer = optimizer
         self.scheduler = scheduler
         self.scheduler_interval = scheduler_interval
+        self.left_out: tuple[str, ...] = ()  # of a checkpoint: arguments that it could not bring back
         self._check_names(self.class_names)
         checkpoints.check(self)  # now, not when the first checkpoint is due
 
@@ -205,7 +206,17 @@ class TransferClassifier(Recorded, LightningModule):
         return self.forward_from(batch.inputs, batch.boundary).float().softmax(-1)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """Make the optimizer over named groups, and the schedule."""
+        """Make the optimizer over named groups, and the schedule.
+
+        Raises:
+            ValueError: This classifier comes from a checkpoint, which does not bring back the optimizer that it had; or the
+                learning rate is given twice; or the schedule needs an end that the run has not.
+        """
+        if self.left_out:
+            raise ValueError(
+                f"this classifier was made from a checkpoint, which does not bring back its {' and '.join(self.left_out)}; to "
+                "train on, make the classifier with them and give the checkpoint to fit: trainer.fit(model, ckpt_path=...)"
+            )
         trainable = [(name, p) for name, p in self.named_parameters() if p.requires_grad]
         optimizer = optim.build_optimizer(optim.parameter_groups(trainable, name=HEAD, lr=self.lr), self.optimizer)
         if self.scheduler is None:

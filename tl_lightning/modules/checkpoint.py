@@ -56,6 +56,7 @@ def describe(classifier: TransferClassifier) -> dict[str, Any]:
         "format": FORMAT,
         "version": version("tl_lightning"),
         "model": _describe_object(classifier),
+        "left_out": [name for name in TRAINING_ONLY if getattr(classifier, name) is not None],
         "class_names": None if classifier.class_names is None else list(classifier.class_names),
         "preprocessing": list(classifier.backbone.preprocessing),
         "hashes": {"backbone": fingerprint(classifier.backbone)},
@@ -117,6 +118,7 @@ def load(cls: type[_C], path: str | Path, map_location: str | torch.device | Non
         kwargs["backbone"] = rebuilt
     classifier = saved(*args, **kwargs)
     classifier.class_names = None if names is None else tuple(names)
+    classifier.left_out = tuple(made_of["left_out"])
     missing, unexpected = classifier.load_state_dict(checkpoint["state_dict"], strict=False)
     if missing or unexpected:
         raise ValueError(
