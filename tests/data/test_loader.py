@@ -70,6 +70,19 @@ def test_state_counts_what_was_handed_out(workers: int, left_after: int) -> None
     assert values(iter(taken_up)) == values(iter(whole)), "the next epoch is whole again"
 
 
+def test_state_survives_being_loaded_and_saved_at_once() -> None:
+    each = loader()
+    each.load_state_dict({"epoch": 3, "batches": 2})
+    assert each.state_dict() == {"epoch": 3, "batches": 2}
+
+
+def test_place_is_taken_up_once() -> None:
+    each = loader()
+    each.load_state_dict({"epoch": 3, "batches": 2})
+    assert len(values(iter(each))) == len(each) - 2
+    assert len(values(iter(each))) == len(each)
+
+
 def test_state_of_a_finished_epoch_does_not_shorten_the_next() -> None:
     each = loader()
     each.load_state_dict({"epoch": 0, "batches": 6})

@@ -1,7 +1,6 @@
 """A folder of images as training, validation, test and prediction data."""
 
 import functools
-import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from tl_lightning.data import folder as folders
 from tl_lightning.data.folder import Samples
 from tl_lightning.data.loader import EpochLoader, ImageDataset, Transform
 from tl_lightning.data.order import EpochBatches
+from tl_lightning.data.provenance import Provenance, check_training_images, describe_training_images
 from tl_lightning.images import SUFFIXES, WHITE, read_image
 from tl_lightning.transforms import Preprocessing, eval_transform, train_transform
 
@@ -181,6 +181,7 @@ class ImageFolderDataModule(LightningDataModule):
         for loader in self._loaders:
             loader.close()
         self._loaders.clear()
+        self._resume_at = None
 
     def state_dict(self) -> dict[str, Any]:
         """Return what identifies the split, and the place in the training data, for a checkpoint.
@@ -188,11 +189,8 @@ class ImageFolderDataModule(LightningDataModule):
         Lightning asks the loader for its place as well, but does not give it back where the length of the run was asked
         for before, as a schedule does (lightning.pytorch.loops.fit_loop, ``setup_data`` returns early).
         """
-        train = hashlib.sha256("\n".join(self.splits["train"].files).encode()).hexdigest()
-        root = hashlib.sha256(str(self.root.resolve()).encode()).hexdigest()
         place = None if self._train_loader is None else self._train_loader.state_dict()
-        drawn = not folders.split_folders(self.root)
-        return {"root": root, "seed": self.seed, "train": train, "drawn": drawn, "place": place}
+        return {"place": place, "images": self._provenance()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from a place in the training data, and make sure that what was trained on is not what is tested on.
@@ -200,29 +198,18 @@ class ImageFolderDataModule(LightningDataModule):
         Raises:
             ValueError: The checkpoint was trained on another draw from the same folder.
         """
-        fitting = self.trainer is not None and self.trainer.state.fn == "fit"
-        if fitting:
+        doing = None if self.trainer is None else self.trainer.state.fn
+        if doing != "predict":
+            check_training_images(state_dict["images"], self._provenance(), self.root, fitting=doing == "fit")
+        if doing == "fit":
             self._resume_at = state_dict["place"]
             if self._train_loader is not None and self._resume_at is not None:
                 self._train_loader.load_state_dict(self._resume_at)
-        predicting = self.trainer is not None and self.trainer.state.fn == "predict"
-        if predicting or not (state_dict["drawn"] or fitting):
-            return
-        now = self.state_dict()
-        if now["train"] == state_dict["train"] or not (fitting or now["root"] == state_dict["root"]):
-            return
-        if now["seed"] != state_dict["seed"]:
-            why = f"the split was drawn from seed {state_dict['seed']} then and from {now['seed']} now; give that seed"
-        else:
-            why = (
-                "images, or the shares of the splits, have changed since; restore them, or give folders for the splits"
-            )
-        consequence = (
-            "a resumed run would not be the same run" if fitting else "images trained on would count as unseen"
-        )
-        raise ValueError(f"the checkpoint was trained on other images of {str(self.root)!r}, so {consequence}: {why}")
 
     # ----------------------------------------------------------------------------------------------------------------
+
+    def _provenance(self) -> Provenance:
+        return describe_training_images(self.root, self.splits["train"].files, self.seed)
 
     def _known_preprocessing(self) -> Preprocessing:
         if self.preprocessing is None:

@@ -16,6 +16,7 @@ from tl_lightning.chance import seeded
 from tl_lightning.data.order import EpochBatches, Key
 
 _REST_S = 0.05
+_NOWHERE = (-1, 0)
 
 _Sample = tuple[Tensor, int, int]  # image, target, index
 
@@ -81,7 +82,7 @@ class EpochLoader:
     def __init__(self, dataset: Dataset[_Sample], batches: EpochBatches, *, num_workers: int, pin_memory: bool) -> None:
         self.sampler = self.batch_sampler = batches  # where Lightning looks for set_epoch, and for shuffling
         self._consumed = 0
-        self._resume_at = (-1, 0)
+        self._resume_at = _NOWHERE
         self._loader: DataLoader[_Sample] = DataLoader(
             dataset,
             batch_sampler=batches,
@@ -100,7 +101,7 @@ class EpochLoader:
         """Iterate over the batches of the epoch, or over those that are left of it after a state was loaded."""
         # A generator: it looks at the epoch when the first batch is asked for, since Lightning makes the iterator of a
         # resumed run before it says which epoch it is.
-        epoch, consumed = self._resume_at
+        (epoch, consumed), self._resume_at = self._resume_at, _NOWHERE
         self._consumed = self.sampler.start = consumed if epoch == self.sampler.epoch else 0
         if self._loader.num_workers > 0 and self._loader._iterator is None:
             _wait_until_safe_to_fork()
@@ -122,6 +123,8 @@ class EpochLoader:
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Go on after the batches of a saved state, if its epoch comes next."""
         self._resume_at = (state["epoch"], state["batches"])
+        self._consumed = state["batches"]
+        self.sampler.set_epoch(state["epoch"])
 
 
 def _wait_until_safe_to_fork() -> None:
