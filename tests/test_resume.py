@@ -161,6 +161,7 @@ def test_killed_command_line_goes_on_from_last(photos: Path, tmp_path: Path) -> 
     assert torch.load(last, weights_only=True)["epoch"] < 3, "it was over before it was killed"
     subprocess.run(command("killed", "--ckpt_path", str(last)), check=True, env=environment, capture_output=True)  # noqa: S603
     assert [path.name for path in (tmp_path / "killed").iterdir()] == ["version_0"], "it goes on in its own folder"
+    assert (last.parents[1] / "metrics-1.csv").read_text().startswith("epoch,step"), "the earlier metrics are lost"
     ends = [
         torch.load(tmp_path / run / "version_0/checkpoints/last.ckpt", weights_only=True) for run in ("peace", "killed")
     ]

@@ -1,5 +1,6 @@
 """The command line: links between backbone, data and model, and defaults."""
 
+import itertools
 import re
 import sys
 import warnings
@@ -12,6 +13,7 @@ from lightning.pytorch import Callback, LightningDataModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_only
 
 from tl_lightning.backbones import Backbone
 from tl_lightning.callbacks import Outcome, Plan, PredictionWriter, Progress
@@ -39,6 +41,8 @@ _EXPECTED_WARNINGS = (
     r"The number of training batches \(\d+\) is smaller than the logging interval",
     # The folder of a resumed run holds its earlier checkpoints: lightning.pytorch.callbacks.model_checkpoint.
     r"Checkpoint directory .* exists and is not empty",
+    # So it holds its earlier metrics, which default_loggers keeps: lightning.fabric.loggers.csv_logs.
+    r"Experiment logs directory .* exists and is not empty",
     # Scoring needs none of the callbacks of training: lightning.pytorch.trainer.call, _call_callbacks_on_load_checkpoint.
     r"Be aware that when using `ckpt_path`, callbacks used to create the checkpoint",
     # Lightning on a newer torch: lightning.pytorch.utilities._pytree.
@@ -212,12 +216,23 @@ def default_precision(accelerator: str) -> str:
 
 
 def default_loggers(folder: Path) -> list[Logger]:
-    """Build a CSV logger, and one for TensorBoard where that is installed, that write to one folder."""
+    """Build a CSV logger, and one for TensorBoard where that is installed, that write to one folder.
+
+    The metrics of the run that is resumed there are kept as ``metrics-1.csv`` and so on; Lightning would delete them.
+    """
+    _set_aside(folder / "metrics.csv")
     place: dict[str, Any] = {"save_dir": folder.parent, "name": "", "version": folder.name}
     loggers: list[Logger] = [CSVLogger(**place)]
     if find_spec("tensorboard") is not None:
         loggers.append(TensorBoardLogger(**place))
     return loggers
+
+
+@rank_zero_only
+def _set_aside(file: Path) -> None:
+    if file.is_file():
+        number = next(n for n in itertools.count(1) if not file.with_stem(f"{file.stem}-{n}").exists())
+        file.rename(file.with_stem(f"{file.stem}-{number}"))
 
 
 def _preprocessing_of(backbone: Backbone) -> Preprocessing:
