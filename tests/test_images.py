@@ -114,7 +114,7 @@ def test_odd_image_gives_the_probabilities_of_its_twin_bit_for_bit(case: str, tm
 def test_cmyk_jpeg_is_its_twin_up_to_compression(tmp_path: Path) -> None:
     smooth = Image.fromarray(np.tile(np.linspace(0, 255, 32).astype(np.uint8)[None, :, None], (32, 1, 3)))
     smooth.convert("CMYK").save(tmp_path / "cmyk.jpg", quality=95)
-    difference = read_image(tmp_path / "cmyk.jpg").int() - torch.from_numpy(np.asarray(smooth)).permute(2, 0, 1).int()
+    difference = read_image(tmp_path / "cmyk.jpg").int() - torch.from_numpy(np.array(smooth)).permute(2, 0, 1).int()
     assert difference.abs().max() <= 6
 
 
