@@ -1,6 +1,7 @@
 """The command line, end to end, on small images."""
 
 import csv
+import re
 import subprocess
 import sys
 import time
@@ -11,7 +12,8 @@ import torch
 import yaml
 
 from tests.doubles import image_folder, save_image
-from tl_lightning.cli import default_precision, main
+from tl_lightning.cli import main
+from tl_lightning.defaults import default_precision
 from tl_lightning.images import read_image
 from tl_lightning.modules import TransferClassifier
 from tl_lightning.transforms import eval_transform
@@ -100,6 +102,21 @@ def test_test_needs_neither_model_nor_backbone_even_if_the_configuration_has_the
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
     main(["test", f"--config={tmp_path / 'config.yaml'}", f"--ckpt_path={run / 'checkpoints' / 'best.ckpt'}"])
     main(["validate", f"--config={tmp_path / 'config.yaml'}", f"--ckpt_path={run / 'checkpoints' / 'best.ckpt'}"])
+
+
+def test_scores_of_other_images_are_printed(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A folder of images that nothing was trained on: some classes, no splits, all of it tested."""
+    image_folder(tmp_path / "held out", {"bee": 5, "cat": 4})
+    common = [f"--ckpt_path={run / 'checkpoints' / 'best.ckpt'}", f"--trainer.default_root_dir={tmp_path / 'runs'}"]
+    main(["test", *common, f"--data.root={tmp_path / 'held out'}", "--data.test_fraction=1"])
+    printed = capsys.readouterr().out
+    assert re.search(r"images +9\n", re.sub(r" +\n", "\n", printed))
+    for part in ("tested", "test accuracy", "test macro F1", "outputs"):
+        assert part in printed
+    main(["validate", *common, f"--data.root={photos_of(run)}", "--data.val_fraction=0.3"])
+    printed = capsys.readouterr().out
+    for part in ("validated", "validation accuracy", "validation macro F1"):
+        assert part in printed
 
 
 def test_precision_is_chosen_by_the_device(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,6 @@
 """Read an image file, of whatever kind, as the RGB picture that a person sees."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -65,3 +66,22 @@ def read_image(path: str | Path, background: tuple[int, int, int] = WHITE) -> Te
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(f"cannot read the image {str(path)!r}: {error}") from error
     return torch.from_numpy(np.asarray(rgb).copy()).permute(2, 0, 1).contiguous()
+
+
+class ImageReader:
+    """Read image files by their place in a list.
+
+    Args:
+        root: The folder that the paths start from.
+        files: Paths relative to ``root``.
+        background: What transparent parts show: red, green and blue from 0 to 255.
+    """
+
+    def __init__(self, root: Path, files: Sequence[str], background: tuple[int, int, int] = WHITE) -> None:
+        self.root = root
+        self.files = files
+        self.background = background
+
+    def __call__(self, index: int, /) -> Tensor:
+        """Read an image, uint8 of shape (3, H, W); see :func:`read_image`."""
+        return read_image(self.root / self.files[index], self.background)

@@ -68,7 +68,7 @@ def test_validation_may_be_called_valid(tmp_path: Path) -> None:
         image_folder(tmp_path / split, {"ant": 3, "bee": 3})
     module = data(tmp_path)
     assert "test" not in module.splits
-    with pytest.raises(ValueError, match="no test images"):
+    with pytest.raises(ValueError, match="has images 6 for train, 6 for val, and none for 'test'; add a folder 'test'"):
         module.setup("test")
 
 
@@ -153,6 +153,26 @@ def test_splits_without_train(tmp_path: Path) -> None:
         fit(data(tmp_path))
 
 
+def test_scoring_needs_no_images_of_other_splits_and_not_all_classes(tmp_path: Path) -> None:
+    """The classes are the classifier's then."""
+    image_folder(tmp_path / "test", {"bee": 3, "cat": 2})
+    module = data(tmp_path)
+    module.class_names = ("ant", "bee", "cat")
+    module.setup("test")
+    assert module.splits["test"].targets == [1, 1, 1, 2, 2]
+    with pytest.raises(ValueError, match="has images 5 for test, and none for 'train'"):
+        module.setup("fit")
+    module = data(tmp_path / "test", test_fraction=1)
+    module.class_names = ("ant", "bee", "cat")
+    module.setup("test")
+    assert module.splits["test"].targets == [1, 1, 1, 2, 2]
+    image_folder(tmp_path / "test", {"wasp": 3})
+    module = data(tmp_path)
+    module.class_names = ("ant", "bee", "cat")
+    with pytest.raises(ValueError, match="unknown class 'wasp'"):
+        module.setup("test")
+
+
 def test_two_folders_for_one_split(tmp_path: Path) -> None:
     for split in ("train", "val", "validation"):
         image_folder(tmp_path / split, {"ant": 3, "bee": 3})
@@ -170,6 +190,7 @@ def test_missing_preprocessing(photos: Path) -> None:
     [
         ({"batch_size": 0}, "batch_size is 0"),
         ({"val_fraction": 0.6, "test_fraction": 0.5}, "leave some images for training"),
+        ({"test_fraction": 1.1}, "test_fraction 1.1"),
         ({"val_fraction": 0.0}, "val_fraction is 0.0"),
         ({"background": (0, 0, 256)}, "go from 0 to 255"),
     ],

@@ -25,7 +25,7 @@ class Plan(Callback):
 
 
 class Outcome(Callback):
-    """Print the scores after a test, and where the files of a fit lie."""
+    """Print the scores after a validation or test, and where the files of a fit lie."""
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Print where the files lie, and the best score."""
@@ -38,15 +38,29 @@ class Outcome(Callback):
             rows["best model"] = str(getattr(best, "best_model_path", ""))
         _print("trained", rows | {"outputs": str(folder)})
 
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Print the scores of a validation that is no part of a fit."""
+        if trainer.state.fn == "validate":
+            _print_scores(trainer, "validated", "val")
+
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Print the scores of the test."""
-        folder = trainer.log_dir
-        metrics = {name: value for name, value in trainer.callback_metrics.items() if name.startswith("test_")}
-        rows = {_WORDS.get(name, name): f"{float(value):.4f}" for name, value in metrics.items()}
-        _print("tested", rows | {"outputs": str(folder)})
+        _print_scores(trainer, "tested", "test")
 
 
-_WORDS = {"test_accuracy": "test accuracy", "test_f1": "test macro F1", "test_loss": "test loss"}
+def _print_scores(trainer: Trainer, title: str, split: str) -> None:
+    rows = {}
+    data = getattr(trainer, "datamodule", None)
+    if isinstance(data, ImageFolderDataModule):
+        rows["images"] = f"{len(data.splits[split].files):,}"
+    for name, value in trainer.callback_metrics.items():
+        if name.startswith(f"{split}_"):
+            kind = name.removeprefix(f"{split}_")
+            rows[f"{_WORDS[split]} {_WORDS.get(kind, kind)}"] = f"{float(value):.4f}"
+    _print(title, rows | {"outputs": str(trainer.log_dir)})
+
+
+_WORDS = {"val": "validation", "test": "test", "f1": "macro F1"}
 
 
 def describe_plan(trainer: Trainer, classifier: TransferClassifier) -> dict[str, str]:

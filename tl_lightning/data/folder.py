@@ -82,10 +82,10 @@ def check_root(root: Path) -> Path:
 
 
 def split_folders(root: Path) -> dict[str, Path]:
-    """Return the folders of the splits by name, ``train`` among them; nothing where the root holds classes itself.
+    """Return the folders of the splits by name; nothing where the root holds classes itself.
 
     Raises:
-        ValueError: There are several folders for a split, or other splits but no ``train``.
+        ValueError: There are several folders for a split.
     """
     found: dict[str, Path] = {}
     for split, names in SPLIT_FOLDERS.items():
@@ -97,8 +97,6 @@ def split_folders(root: Path) -> dict[str, Path]:
     others = [name for name in _folders(root) if root / name not in found.values()]
     if others and not (TRAIN in found and _folders(found[TRAIN])):
         return {}  # a class may be called 'test', or 'train' beside 'bus'
-    if found and TRAIN not in found:
-        raise ValueError(f"{str(root)!r} holds {', '.join(p.name for p in found.values())} but no 'train' folder")
     return found
 
 
@@ -130,7 +128,7 @@ def find_samples(root: Path, folder: Path, class_names: Sequence[str], *, comple
         root: What the paths are relative to.
         folder: Holds the class folders; ``root``, or one of its split folders.
         class_names: The classes, in the order of their numbers.
-        complete: Every class must have an image.
+        complete: Every class folder must hold an image.
 
     Raises:
         ValueError: There are folders of other classes, or no images of some class that should have them.
@@ -146,7 +144,7 @@ def find_samples(root: Path, folder: Path, class_names: Sequence[str], *, comple
     targets: list[int] = []
     for target, name in enumerate(class_names):
         images = list(find_images(root, folder / name)) if name in here else []
-        if not images and complete:
+        if not images and complete and name in here:
             raise ValueError(
                 f"the class folder {str(folder / name)!r} holds no images ({', '.join(sorted(SUFFIXES))}); add images, or "
                 "remove the folder"

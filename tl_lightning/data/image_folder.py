@@ -7,7 +7,6 @@ from typing import Any
 
 from lightning.fabric.utilities.data import suggested_max_num_workers
 from lightning.pytorch import LightningDataModule
-from torch import Tensor
 
 from tl_lightning.chance import run_seed
 from tl_lightning.data import folder as folders
@@ -15,10 +14,11 @@ from tl_lightning.data.folder import Samples
 from tl_lightning.data.loader import EpochLoader, ImageDataset, Transform
 from tl_lightning.data.order import EpochBatches
 from tl_lightning.data.provenance import Provenance, check_training_images, describe_training_images
-from tl_lightning.images import SUFFIXES, WHITE, read_image
+from tl_lightning.images import SUFFIXES, WHITE, ImageReader
 from tl_lightning.transforms import Preprocessing, eval_transform, train_transform
 
 _MOST_WORKERS = 8
+_SPLITS_OF = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",)}
 
 
 class ImageFolderDataModule(LightningDataModule):
@@ -35,7 +35,8 @@ class ImageFolderDataModule(LightningDataModule):
         num_workers: Processes that load images, for each training process; None chooses by the number of CPUs.
         augment: Train on random crops and flips of the images; see :func:`tl_lightning.transforms.train_transform`.
         val_fraction: Share of all labelled images that is split off for validation where no folder gives it.
-        test_fraction: Share of all labelled images that is split off for testing where no folder gives any split.
+        test_fraction: Share of all labelled images that is split off for testing where no folder gives any split; 1 tests
+            on all of them.
         background: What transparent parts show: red, green and blue from 0 to 255.
         seed: Seed of the split, the order and the augmentation; None takes that of ``seed_everything``, else 42.
         preprocessing: What the backbone wants: ``backbone.preprocessing``. The command line fills it in.
@@ -60,10 +61,10 @@ class ImageFolderDataModule(LightningDataModule):
         super().__init__()
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
-        if not (0 < val_fraction < 1 and 0 <= test_fraction < 1 and val_fraction + test_fraction < 1):
+        if test_fraction != 1 and not (0 < val_fraction < 1 and 0 <= test_fraction < 1 - val_fraction):
             raise ValueError(
                 f"val_fraction is {val_fraction} and test_fraction {test_fraction}; both are shares between 0 and 1 that "
-                "leave some images for training"
+                "leave some images for training, or test_fraction is 1 to test on all images"
             )
         if not all(0 <= channel <= 255 for channel in background):
             raise ValueError(f"background is {tuple(background)}; red, green and blue go from 0 to 255")
@@ -84,14 +85,19 @@ class ImageFolderDataModule(LightningDataModule):
 
     @functools.cached_property
     def class_names(self) -> tuple[str, ...]:
-        """Names of the classes, in the order of their numbers.
+        """Names of the classes, in the order of their numbers: the folders of ``train``.
+
+        To score a classifier on images of which some classes, or the training images, are missing, set them to its own.
 
         Raises:
             FileNotFoundError: The root does not exist.
-            ValueError: There are fewer than two class folders.
+            ValueError: There are fewer than two class folders, or folders for other splits than ``train`` alone.
         """
         root = folders.check_root(self.root)
-        return tuple(folders.class_folders(folders.split_folders(root).get(folders.TRAIN, root)))
+        given = folders.split_folders(root)
+        if given and folders.TRAIN not in given:
+            raise ValueError(f"{str(root)!r} holds {', '.join(p.name for p in given.values())} but no 'train' folder")
+        return tuple(folders.class_folders(given.get(folders.TRAIN, root)))
 
     @property
     def num_classes(self) -> int:
@@ -100,7 +106,7 @@ class ImageFolderDataModule(LightningDataModule):
 
     @functools.cached_property
     def splits(self) -> dict[str, Samples]:
-        """The labelled images of each split: ``train``, ``val``, and ``test`` if there is one.
+        """The labelled images of each split that there is: ``train``, ``val``, ``test``.
 
         Raises:
             FileNotFoundError: The root does not exist.
@@ -108,10 +114,14 @@ class ImageFolderDataModule(LightningDataModule):
         """
         root, names = folders.check_root(self.root), self.class_names
         given = folders.split_folders(root)
+        if not given and self.test_fraction == 1:
+            return {"test": folders.find_samples(root, root, names, complete=False)}
         found = {
             split: folders.find_samples(root, folder, names, complete=split == folders.TRAIN)
             for split, folder in (given or {folders.TRAIN: root}).items()
         }
+        if folders.TRAIN not in found:
+            return found
         fractions = {}
         if "val" not in given:
             fractions["val"] = self.val_fraction
@@ -148,12 +158,13 @@ class ImageFolderDataModule(LightningDataModule):
         if stage == "predict":
             _ = self.predict_files
             return
-        splits = self.splits
-        if stage == "test" and "test" not in splits:
-            raise ValueError(
-                f"{str(self.root)!r} holds no test images: it has split folders, and none called 'test', or test_fraction "
-                "is 0. Add the folder, or use 'validate'"
-            )
+        for split in _SPLITS_OF[stage]:
+            if split not in self.splits:
+                there = ", ".join(f"{len(samples.files)} for {name}" for name, samples in self.splits.items())
+                raise ValueError(
+                    f"{str(self.root)!r} has images {there}, and none for {split!r}; add a folder {split!r}, or where there "
+                    f"are no split folders, set {'val' if split == 'val' else 'test'}_fraction"
+                )
 
     def train_dataloader(self) -> EpochLoader:
         """Load the training images, shuffled, and augmented if so chosen."""
@@ -209,7 +220,8 @@ class ImageFolderDataModule(LightningDataModule):
     # ----------------------------------------------------------------------------------------------------------------
 
     def _provenance(self) -> Provenance:
-        return describe_training_images(self.root, self.splits["train"].files, self.seed)
+        trained = self.splits.get(folders.TRAIN)
+        return describe_training_images(self.root, trained.files if trained else [], self.seed)
 
     def _known_preprocessing(self) -> Preprocessing:
         if self.preprocessing is None:
@@ -233,7 +245,7 @@ class ImageFolderDataModule(LightningDataModule):
         batches = EpochBatches(
             len(files), self.batch_size, shuffle=shuffle, seed=self.seed, rank=rank, world_size=world_size
         )
-        read = _Reader(self.root, files, self.background)
+        read = ImageReader(self.root, files, self.background)
         dataset = ImageDataset(read, targets, transform, self.seed)
         workers = self._default_workers() if self.num_workers is None else self.num_workers
         self._loaders.append(EpochLoader(dataset, batches, num_workers=workers, pin_memory=on_gpu))
@@ -242,15 +254,3 @@ class ImageFolderDataModule(LightningDataModule):
     def _default_workers(self) -> int:
         processes = self.trainer.num_devices if self.trainer is not None else 1
         return min(_MOST_WORKERS, suggested_max_num_workers(processes))
-
-
-class _Reader:
-    """Read the images of a split by their place in it."""
-
-    def __init__(self, root: Path, files: Sequence[str], background: tuple[int, int, int]) -> None:
-        self.root = root
-        self.files = files
-        self.background = background
-
-    def __call__(self, index: int, /) -> Tensor:
-        return read_image(self.root / self.files[index], self.background)
