@@ -264,7 +264,8 @@ def test_help_costs_little_more_than_importing_lightning() -> None:
         "help": ["-m", "tl_lightning", "--help"],
         "fit": ["-m", "tl_lightning", "fit", "--help"],
     }
-    seconds = {name: min(_seconds(*command) for _ in range(5)) for name, command in commands.items()}
+    rounds = [{name: _seconds(*command) for name, command in commands.items()} for _ in range(7)]
+    seconds = {name: min(one[name] for one in rounds) for name in commands}  # side by side, the least disturbed of each
     assert seconds["help"] < 1.2 * seconds["lightning"], seconds
     assert seconds["fit"] < 1.2 * seconds["lightning"], seconds
 

@@ -51,8 +51,20 @@ def fit(
     return model, trainer
 
 
+class SaveEachBatch(pl.Callback):
+    """Save when Lightning would on a signal, or by the clock: in the middle of an accumulation too."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        name = f"batch-{trainer.current_epoch}-{trainer.fit_loop.epoch_loop.batch_progress.current.ready}.ckpt"
+        trainer.save_checkpoint(self.folder / name)
+
+
 def _at_validation_and_epoch_end(folder: Path) -> list[pl.Callback]:
     return [
+        SaveEachBatch(folder),
         ModelCheckpoint(folder, "validation-{epoch}", save_top_k=-1, monitor="val_loss", save_on_train_epoch_end=False),
         ModelCheckpoint(folder, "epoch-{epoch}", save_top_k=-1, save_on_train_epoch_end=True),
     ]
@@ -74,7 +86,10 @@ def resume_from_everywhere(photos: str, folder: str, world: int, **options: Any)
 
 def check(results: dict[str, list[str]], steps_per_epoch: int) -> None:
     saved = {name.partition("=")[0] for name in results}
-    assert saved == {"uninterrupted", "step-step", "validation-epoch", "epoch-epoch"}
+    assert saved - {name for name in saved if name.startswith("batch-")} == {
+        *("uninterrupted", "step-step", "validation-epoch", "epoch-epoch")
+    }
+    assert sum(name.startswith("batch-") for name in results) == 3 * 8
     assert sum(name.startswith("step-") for name in results) == 3 * steps_per_epoch
     assert {name: result for name, result in results.items() if result != results["uninterrupted"]} == {}
 

@@ -22,6 +22,7 @@ from tl_lightning.makeup import Recorded
 from tl_lightning.memory import keep_freed_memory
 from tl_lightning.modules import checkpoint as checkpoints
 from tl_lightning.modules.metrics import MeanLoss
+from tl_lightning.modules.step_boundary import StepBoundary
 
 HEAD = "head"
 """As a boundary: the pooled features; as a first trainable stage: none of the backbone."""
@@ -67,6 +68,7 @@ class TransferClassifier(Recorded, LightningModule):
         self.scheduler = scheduler
         self.scheduler_interval = scheduler_interval
         self.left_out: tuple[str, ...] = ()  # of a checkpoint: arguments that it could not bring back
+        self._boundary = StepBoundary()
         self._check_names(self.class_names)
         checkpoints.check(self)  # now, not when the first checkpoint is due
 
@@ -169,6 +171,7 @@ class TransferClassifier(Recorded, LightningModule):
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Draw dropout from the place in the run, so that a resumed run draws as an uninterrupted one."""
         freezing.hold(self.frozen_parts)
+        self._boundary.remember(self.trainer, self, {id(b) for part in self.frozen_parts for b in part.buffers()})
         seed_torch(run_seed(), "step", self.trainer.global_step, batch_idx, self.trainer.global_rank)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
@@ -238,6 +241,7 @@ class TransferClassifier(Recorded, LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what this classifier is made of, so that the checkpoint is enough to make it again."""
         checkpoint[checkpoints.KEY] = checkpoints.describe(self)
+        self._boundary.go_back(self.trainer, checkpoint)
 
     @classmethod
     def load_from_checkpoint(  # type: ignore[override]  # a checkpoint is enough: it takes no hyperparameters

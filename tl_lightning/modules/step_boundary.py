@@ -1,0 +1,50 @@
+"""Checkpoints lie between optimizer steps: one that is asked for while gradients accumulate goes back to the last step."""
+
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor
+
+
+def batches_since_step(trainer: Trainer) -> int:
+    """Return how many batches of the epoch have begun since the optimizer's last step; 0 where it has just stepped."""
+    epoch_loop = trainer.fit_loop.epoch_loop
+    begun: int = epoch_loop.batch_progress.current.ready
+    if begun >= trainer.num_training_batches or epoch_loop.batch_progress.is_last_batch:
+        return 0  # Lightning steps on the last batch of an epoch
+    return begun % trainer.accumulate_grad_batches
+
+
+class StepBoundary:
+    """Take a checkpoint back to the optimizer's last step, since accumulated gradients are not saved.
+
+    A resumed run then sees the batches since that step again, and ends with the bits of the uninterrupted one.
+    """
+
+    def __init__(self) -> None:
+        self._buffers: dict[str, Tensor] = {}
+
+    def remember(self, trainer: Trainer, module: LightningModule, frozen: set[int]) -> None:
+        """Keep what a forward pass changes, such as running statistics, before the first batch of a step.
+
+        Args:
+            trainer: At the start of a batch.
+            module: What is trained.
+            frozen: Identities of the buffers that do not change.
+        """
+        if trainer.accumulate_grad_batches > 1 and batches_since_step(trainer) in (0, 1):
+            self._buffers = {name: b.clone() for name, b in module.named_buffers() if id(b) not in frozen}
+
+    def go_back(self, trainer: Trainer, checkpoint: dict[str, Any]) -> None:
+        """Change a checkpoint that was taken while gradients accumulate: running statistics, and the place in the data."""
+        extra = batches_since_step(trainer)
+        if extra == 0:
+            return
+        state = checkpoint["state_dict"]
+        state.update({name: buffer for name, buffer in self._buffers.items() if name in state})
+        progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+        for counts in (progress["current"], progress["total"]):
+            counts.update(dict.fromkeys(counts, counts["ready"] - extra))
+        place = checkpoint.get(type(getattr(trainer, "datamodule", None)).__qualname__, {}).get("place")
+        if place is not None:
+            place["batches"] -= extra
