@@ -15,7 +15,7 @@ from tl_lightning import batch, chance, freezing, heads, images, makeup, memory,
 from tl_lightning.backbones import EfficientNetLite, TimmBackbone, TorchvisionBackbone
 import torch
 backbone = TorchvisionBackbone("resnet18", weights=None).eval()
-freezing.freeze(backbone)
+freezing.Staging(backbone)
 print(tuple(heads.LinearHead(backbone.feature_dim, 3)(backbone(torch.zeros(2, 3, 64, 64))).shape))
 """
 

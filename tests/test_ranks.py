@@ -40,7 +40,7 @@ def train_and_score(photos: str, folder: str, world: int) -> dict[str, Any]:
     result = {
         "sizes": {name: len(samples.files) for name, samples in data.splits.items()},
         "weights": weights,
-        "fingerprint": fingerprint(model),
+        "fingerprint": fingerprint(model.state_dict()),
         "fit": {name: float(value) for name, value in trainer.callback_metrics.items()},
         "validate": trainer.validate(model, data, verbose=False)[0],
         "test": trainer.test(model, data, verbose=False)[0],

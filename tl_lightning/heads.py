@@ -1,8 +1,14 @@
-"""Heads: from a backbone's pooled features to class scores."""
+"""Heads: from a backbone's pooled features, or its spatial map, to class scores."""
+
+from collections.abc import Callable, Sequence
+from typing import Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
+HeadCallable = Callable[[int, int], nn.Module]
+"""Called with the number of features and of classes, returns the head."""
 
 
 class Standardize(nn.Module):
@@ -83,3 +89,116 @@ class LinearHead(nn.Module):
         """Compute class scores."""
         logits: Tensor = self.linear(self.dropout(self.standardize(features)))
         return logits  # (N, K)
+
+
+class MLPHead(nn.Module):
+    """Map pooled features to class scores by fully connected layers with ReLU between them.
+
+    Args:
+        in_features: Length D of the features.
+        num_classes: Number K of classes.
+        hidden: Width of each hidden layer.
+        dropout: Share of each hidden layer's outputs set to 0 in training.
+        norm: What normalises each hidden layer before its ReLU.
+
+    Raises:
+        ValueError: No hidden layer, or one without units.
+
+    Shape:
+        Input: (N, D). Output: (N, K).
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        num_classes: int,
+        hidden: Sequence[int] = (512,),
+        dropout: float = 0.0,
+        norm: Literal["none", "batch", "layer"] = "none",
+    ) -> None:
+        super().__init__()
+        if not hidden or min(hidden) < 1:
+            raise ValueError(f"hidden is {list(hidden)}; it lists the width of each hidden layer, as [512, 256]")
+        norms = {"none": nn.Identity, "batch": nn.BatchNorm1d, "layer": nn.LayerNorm}
+        layers: list[nn.Module] = []
+        for before, width in zip((in_features, *hidden), hidden, strict=False):
+            layers += [nn.Linear(before, width), norms[norm](width), nn.ReLU(), nn.Dropout(dropout)]
+        self.layers = nn.Sequential(*layers)
+        self.linear = nn.Linear(hidden[-1], num_classes)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Compute class scores."""
+        logits: Tensor = self.linear(self.layers(features))
+        return logits  # (N, K)
+
+
+class CosineHead(nn.Module):
+    """Score classes by the cosine between the features and a learned direction for each class, times a learned scale.
+
+    Lengths play no part, which helps where classes have few or very unequal numbers of images
+    (https://arxiv.org/abs/1804.09458, section 3.3).
+
+    Args:
+        in_features: Length D of the features.
+        num_classes: Number K of classes.
+        scale: What the cosines are multiplied by at first.
+
+    Shape:
+        Input: (N, D). Output: (N, K).
+    """
+
+    def __init__(self, in_features: int, num_classes: int, scale: float = 10.0) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(num_classes, in_features))
+        nn.init.normal_(self.weight)
+        self.scale = nn.Parameter(torch.tensor([scale]))
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Compute class scores."""
+        directions = nn.functional.normalize(self.weight)
+        return self.scale * nn.functional.linear(nn.functional.normalize(features), directions)  # (N, K)
+
+
+class MapHead(nn.Module):
+    """A head on the spatial map: made with the map's number of channels, and called with the map (N, C, h, w)."""
+
+
+class ConvHead(MapHead):
+    """Convolve the spatial map, pool it, and map the channels to class scores by a linear layer.
+
+    Args:
+        in_features: Number C of channels of the map.
+        num_classes: Number K of classes.
+        channels: Channels after the convolution.
+        kernel_size: Side of the convolution's kernel, in cells of the map; odd.
+        dropout: Share of the pooled channels set to 0 in training.
+
+    Raises:
+        ValueError: The kernel's side is even, so that the convolution would shift the map.
+
+    Shape:
+        Input: (N, C, h, w). Output: (N, K).
+    """
+
+    def __init__(
+        self, in_features: int, num_classes: int, channels: int = 256, kernel_size: int = 3, dropout: float = 0.0
+    ) -> None:
+        super().__init__()
+        if kernel_size % 2 == 0:
+            raise ValueError(f"kernel_size is {kernel_size}; it must be odd, as 1, 3 or 5")
+        self.conv = nn.Conv2d(in_features, channels, kernel_size, padding=kernel_size // 2)
+        self.dropout = nn.Dropout(dropout)
+        self.linear = nn.Linear(channels, num_classes)
+
+    def forward(self, spatial: Tensor) -> Tensor:
+        """Compute class scores."""
+        pooled = self.conv(spatial).relu().mean((2, 3))  # (N, channels)
+        logits: Tensor = self.linear(self.dropout(pooled))
+        return logits  # (N, K)
+
+
+def resize_last_linear(module: nn.Module, num_classes: int) -> nn.Module:
+    """Replace the last linear layer of a pre-trained head by a new one for other classes; return the head."""
+    name, last = [(n, m) for n, m in module.named_modules() if isinstance(m, nn.Linear)][-1]
+    module.set_submodule(name, nn.Linear(last.in_features, num_classes))
+    return module

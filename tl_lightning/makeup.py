@@ -82,8 +82,9 @@ def describe(value: Any) -> Any:
         return {describe(key): describe(item) for key, item in value.items()}
     if isinstance(value, type):
         return {_KIND: "class", "class_path": class_path(value)}
-    if isinstance(value, functools.partial) and isinstance(value.func, type):
-        return _made_of("partial", value.func, value.args, value.keywords)
+    factory = as_factory(value)
+    if factory is not None and isinstance(factory.func, type):
+        return _made_of("partial", factory.func, factory.args, factory.keywords)
     if isinstance(value, Recorded):
         return _made_of("object", type(value), *value.init_args)
     name = getattr(value, "__qualname__", type(value).__qualname__)
@@ -91,6 +92,24 @@ def describe(value: Any) -> Any:
         f"{name} cannot be written into a checkpoint; give an importable class, a functools.partial of one, or numbers, "
         "strings and lists of them"
     )
+
+
+def as_factory(value: Any) -> functools.partial[nn.Module] | None:
+    """Return a class with some of its arguments as a plain ``functools.partial`` of the class; None for anything else.
+
+    Args:
+        value: A ``functools.partial`` of a class, or what jsonargparse makes of a ``class_path``: a partial of its own
+            function, with the class as its last positional argument.
+    """
+    if isinstance(value, type) and issubclass(value, nn.Module):
+        return functools.partial(value)
+    if not isinstance(value, functools.partial):
+        return None
+    if isinstance(value.func, type):
+        return value
+    if value.args and isinstance(value.args[-1], type) and value.func.__module__.partition(".")[0] == "jsonargparse":
+        return functools.partial(value.args[-1], **value.keywords)
+    return None
 
 
 def _made_of(kind: str, cls: type, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 from torch.optim import AdamW, Optimizer
-from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.lr_scheduler import CyclicLR, LambdaLR, LRScheduler, OneCycleLR, ReduceLROnPlateau
 
 WARMUP_SHARE = 0.05
 
@@ -50,6 +50,69 @@ def build_optimizer(
             "(model.init_args.lr) and leave it out of the optimizer"
         )
     return built
+
+
+def build_schedule(
+    optimizer: Optimizer,
+    scheduler: Callable[[Optimizer], LRScheduler | ReduceLROnPlateau] | None,
+    total_steps: float | None,
+) -> LRScheduler | ReduceLROnPlateau:
+    """Build the user's schedule, or warm-up and cosine, over groups whose rates keep their ratios.
+
+    Args:
+        optimizer: Has the rates of the groups.
+        scheduler: The user's choice.
+        total_steps: Optimizer steps of the run, for warm-up and cosine.
+
+    Raises:
+        ValueError: The default schedule needs an end that the run has not; or the user's one gives groups of different rates
+            the same one, in a way that cannot be put right.
+    """
+    if scheduler is None:
+        if total_steps is None or math.isinf(total_steps):
+            raise ValueError("the schedule needs the length of the run: set max_epochs or max_steps, or a scheduler")
+        return warmup_cosine(optimizer, int(total_steps))
+    before = [float(group["lr"]) for group in optimizer.param_groups]
+    schedule = scheduler(optimizer)
+    keep_ratios(optimizer, schedule, before)
+    return schedule
+
+
+def keep_ratios(optimizer: Optimizer, schedule: LRScheduler | ReduceLROnPlateau, before: list[float]) -> None:
+    """Put back the ratios between the rates of the groups where a schedule with one rate for all has flattened them.
+
+    The rate that was given to ``OneCycleLR`` or ``CyclicLR`` becomes that of the fastest group, which is the head.
+
+    Args:
+        optimizer: The schedule has set its rates.
+        schedule: Any schedule.
+        before: Rate of each group before that.
+
+    Raises:
+        ValueError: Another schedule has flattened them.
+    """
+    shares = [lr / max(before) for lr in before]
+    now = [float(group["lr"]) for group in optimizer.param_groups]
+    if all(math.isclose(lr, max(now) * share, rel_tol=1e-6) for lr, share in zip(now, shares, strict=True)):
+        return
+    if len(set(now)) > 1:
+        return  # the user's own rate for each group
+    if isinstance(schedule, OneCycleLR):
+        for group, share in zip(optimizer.param_groups, shares, strict=True):
+            for key in ("initial_lr", "max_lr", "min_lr", "lr"):
+                group[key] *= share
+        return
+    if isinstance(schedule, CyclicLR):
+        schedule.base_lrs = [lr * share for lr, share in zip(schedule.base_lrs, shares, strict=True)]
+        schedule.max_lrs = [lr * share for lr, share in zip(schedule.max_lrs, shares, strict=True)]
+        for group, share in zip(optimizer.param_groups, shares, strict=True):
+            group["lr"] *= share
+        return
+    names = ", ".join(f"{group.get('name')} {lr:g}" for group, lr in zip(optimizer.param_groups, before, strict=True))
+    raise ValueError(
+        f"{type(schedule).__name__} gives every group the rate {now[0]:g}, where they had {names}; choose a schedule that "
+        "scales the rates, or give it one rate for each group"
+    )
 
 
 def warmup_cosine(optimizer: Optimizer, total_steps: int) -> LambdaLR:

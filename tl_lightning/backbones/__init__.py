@@ -1,9 +1,18 @@
 """Backbones: networks as an ordered sequence of named stages, then a pooling."""
 
-from tl_lightning.backbones.base import Backbone
+from tl_lightning.backbones.base import AuxiliaryHead, Backbone
 from tl_lightning.backbones.efficientnet_lite import EfficientNetLite
+from tl_lightning.backbones.segment import Segment
 from tl_lightning.backbones.timm import TimmBackbone
 from tl_lightning.backbones.torchvision import TorchvisionBackbone
 from tl_lightning.backbones.traced import TracedBackbone
 
-__all__ = ["Backbone", "EfficientNetLite", "TimmBackbone", "TorchvisionBackbone", "TracedBackbone"]
+__all__ = [
+    "AuxiliaryHead",
+    "Backbone",
+    "EfficientNetLite",
+    "Segment",
+    "TimmBackbone",
+    "TorchvisionBackbone",
+    "TracedBackbone",
+]

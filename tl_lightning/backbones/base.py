@@ -1,11 +1,23 @@
 """The contract of a backbone."""
 
 from abc import ABC, abstractmethod
+from typing import NamedTuple
 
 from torch import Tensor, nn
 
 from tl_lightning.makeup import Recorded
 from tl_lightning.transforms import Preprocessing
+
+
+class AuxiliaryHead(NamedTuple):
+    """A further head that training adds to a branch."""
+
+    module: nn.Module
+    """From what its stage makes to the class scores of pre-training."""
+    after: str
+    """The stage that feeds it."""
+    weight: float
+    """Of its loss, where the main one has 1."""
 
 
 class Backbone(Recorded, nn.Module, ABC):
@@ -53,3 +65,7 @@ class Backbone(Recorded, nn.Module, ABC):
         Raises:
             ValueError: There is no such stage.
         """
+
+    def auxiliary_heads(self) -> dict[str, AuxiliaryHead]:
+        """Return the heads that training adds to branches of the network, by name; most networks have none."""
+        return {}

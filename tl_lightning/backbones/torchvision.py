@@ -6,12 +6,20 @@ import torchvision.models
 from torch import nn
 from torchvision.models import WeightsEnum
 
+from tl_lightning.backbones.base import AuxiliaryHead
 from tl_lightning.backbones.traced import TracedBackbone
 from tl_lightning.backbones.weights import is_path, load_file_into, with_download
 from tl_lightning.messages import unknown
 from tl_lightning.transforms import Preprocessing
 
 _IMAGENET_CLASSES = 1000
+_AUXILIARY = {
+    # https://github.com/pytorch/vision/blob/main/references/classification/train.py, --auxiliary-loss-weight
+    "AuxLogits": ("Mixed_6e", 0.4),
+    # https://arxiv.org/abs/1409.4842, section 5
+    "aux1": ("inception4a", 0.3),
+    "aux2": ("inception4d", 0.3),
+}
 
 
 class TorchvisionBackbone(TracedBackbone):
@@ -69,6 +77,10 @@ class TorchvisionBackbone(TracedBackbone):
         auxiliary = _set_aside_auxiliary_heads(model)
         super().__init__(model, name, _preprocessing(member or published["DEFAULT"]))
         self.auxiliary = nn.ModuleDict(auxiliary)
+
+    def auxiliary_heads(self) -> dict[str, AuxiliaryHead]:
+        """Return the auxiliary heads of Inception or GoogLeNet, with their published weights where there are any."""
+        return {name: AuxiliaryHead(module, *_AUXILIARY[name]) for name, module in self.auxiliary.items()}
 
 
 def _remove_classifier(model: nn.Module) -> str:

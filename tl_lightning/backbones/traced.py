@@ -8,9 +8,12 @@ import torch
 from torch import Tensor, fx, nn
 
 from tl_lightning.backbones.base import Backbone
-from tl_lightning.backbones.tracing import FIRST_STAGE, Segment, Trace, find_stages, trace
+from tl_lightning.backbones.segment import Cut, Segment
+from tl_lightning.backbones.tracing import FIRST_STAGE, Trace, find_stages, trace
 from tl_lightning.messages import unknown
 from tl_lightning.transforms import Preprocessing
+
+_INPUT: Cut = (-1, -1)
 
 
 class TracedBackbone(Backbone):
@@ -44,7 +47,8 @@ class TracedBackbone(Backbone):
         self.uncut_reason: str | None = None
         self._leaf_functions = tuple(leaf_functions)
         self._opened: frozenset[str] = frozenset()
-        self._segments: dict[tuple[int, ...], Segment] = {}
+        self._segments: dict[tuple[Cut, Cut], Segment] = {}
+        self._both_traces: tuple[Trace, Trace] | None = None
 
         was_training = model.training
         model.eval()
@@ -90,7 +94,7 @@ class TracedBackbone(Backbone):
         if self._map_end is None:
             raise ValueError(f"{self.name} has no spatial map before its pooling" + self._why_uncut())
         traces = self._traces()
-        found = self._segment((-1, -1), (self._map_end, _same_cut(traces, self._map_end)))(images)
+        found = self._segment(_INPUT, (self._map_end, _same_cut(traces, self._map_end)))(images)
         return _to_map(found, images)  # (N, C, h, w)
 
     def split(self, stage: str) -> tuple[nn.Module, nn.Module]:
@@ -101,41 +105,46 @@ class TracedBackbone(Backbone):
         """
         if stage not in self.stages:
             raise ValueError(unknown("stage", stage, self.stages, of=self.name) + self._why_uncut())
-        if stage == self.stages[0]:
+        if len(self.stages) == 1:
             return nn.Identity(), self
         evaluated, trained = self._traces()
         if stage not in trained.starts:
             raise ValueError(f"{self.name} cannot be cut at {stage!r} in train mode; cut it at another stage")
-        begin = (-1, -1)
         cut = (evaluated.starts[stage], trained.starts[stage])
-        end = (len(evaluated.nodes) - 1, len(trained.nodes) - 1)
-        return self._segment(begin, cut), self._segment(cut, end)
+        suffix = self._segment(cut, (len(evaluated.nodes) - 1, len(trained.nodes) - 1))
+        return nn.Identity() if cut == _INPUT else self._segment(_INPUT, cut), suffix
 
     def _why_uncut(self) -> str:
         return f". {self.name} works only as a whole: {self.uncut_reason}" if self.uncut_reason else ""
 
     def _traces(self) -> tuple[Trace, Trace]:
         """Trace in eval and in train mode: the code of opened modules may read ``self.training``."""
-        opened = [self.model, *(self.model.get_submodule(name) for name in self._opened)]
-        modes = [module.training for module in opened]
-        traces = []
-        for training in (False, True):
-            for module in opened:
-                module.training = training  # its own code alone is traced, so its children stay as they are
-            traces.append(trace(self.model, self._opened, self._leaf_functions))
-        for module, mode in zip(opened, modes, strict=True):
-            module.training = mode
-        return traces[0], traces[1]
+        if self._both_traces is None:
+            opened = [self.model, *(self.model.get_submodule(name) for name in self._opened)]
+            modes = [module.training for module in opened]
+            traces = []
+            for training in (False, True):
+                for module in opened:
+                    module.training = training  # its own code alone is traced, so its children stay as they are
+                traces.append(trace(self.model, self._opened, self._leaf_functions))
+            for module, mode in zip(opened, modes, strict=True):
+                module.training = mode
+            self._both_traces = traces[0], traces[1]
+        return self._both_traces
 
-    def _segment(self, begin: tuple[int, int], end: tuple[int, int]) -> Segment:
-        key = (*begin, *end)
-        if key not in self._segments:
-            self._segments[key] = Segment(self.model, self._traces(), begin, end)
-        return self._segments[key]
+    def _segment(self, begin: Cut, end: Cut) -> Segment:
+        if (begin, end) not in self._segments:
+            evaluated, trained = self._traces()
+            starts = {n: (cut, trained.starts[n]) for n, cut in evaluated.starts.items() if n in trained.starts}
+            inside = {name: cut for name, cut in starts.items() if begin[0] <= cut[0] < end[0]}
+            self._segments[begin, end] = Segment(
+                self.model, (evaluated, trained), [*inside.values(), end], list(inside)
+            )
+        return self._segments[begin, end]
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what a copy needs."""
-        return self.__dict__ | {"_segments": {}}  # generated code is made again where it is needed
+        return self.__dict__ | {"_segments": {}, "_both_traces": None}  # made again where they are needed
 
 
 def _same_cut(traces: tuple[Trace, Trace], cut: int) -> int:

@@ -10,7 +10,7 @@ import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
 MIN_STAGES = 4
 """Modules are opened until at least this many stages appear, the depth of a classic feature hierarchy."""
@@ -152,87 +152,3 @@ def find_stages(model: nn.Module, leaf_functions: Sequence[Callable[..., Any]] =
 
 def _size(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters())
-
-
-class Segment(nn.Module):
-    """Run a contiguous part of a network on the network's own, live modules.
-
-    The modules stay where they are: this one lists those that it calls as its own, under their own names, so that
-    ``parameters()``, ``train()`` and ``state_dict()`` speak of this part alone; none is copied.
-
-    Args:
-        model: The network that was traced.
-        traces: The network's trace in eval mode and in train mode.
-        begin: Position of the cut before the first operation, for each of the two traces; -1 for the input.
-        end: Position of the last operation, for each of the two traces.
-
-    Shape:
-        Input: what comes out at ``begin``. Output: what comes out at ``end``; both have the batch first.
-    """
-
-    def __init__(
-        self, model: nn.Module, traces: tuple[Trace, Trace], begin: tuple[int, int], end: tuple[int, int]
-    ) -> None:
-        super().__init__()
-        self._live = (model,)  # in a tuple: not registered, since only part of it is this segment's
-        self._code: list[Callable[[nn.Module, Tensor], Tensor]] = []
-        self._called: dict[str, nn.Module] = {}
-        for one_trace, first, last in zip(traces, begin, end, strict=True):
-            graph = _subgraph(one_trace.nodes, first, last)
-            self._code.append(_compile(graph))
-            for node in graph.nodes:
-                if node.op in ("call_module", "get_attr"):
-                    self._list(model, str(node.target))
-                if node.op == "call_module":
-                    self._called[str(node.target)] = model.get_submodule(str(node.target))
-
-    def _list(self, model: nn.Module, target: str) -> None:
-        here: nn.Module = self
-        there = model
-        *path, leaf = target.split(".")
-        for part in path:
-            there = there.get_submodule(part)
-            if part not in here._modules:
-                here.add_module(part, nn.Module())
-            here = here.get_submodule(part)
-        item = getattr(there, leaf)
-        if isinstance(item, nn.Module):
-            here.add_module(leaf, item)
-        elif isinstance(item, nn.Parameter):
-            here.register_parameter(leaf, item)
-        else:
-            here.register_buffer(leaf, item)
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        """Run the part on what comes out at its beginning."""
-        # The mode is the called modules' own: whoever switches the network switches this part of it as well.
-        training = any(module.training for module in self._called.values())
-        return self._code[training](self._live[0], inputs)
-
-
-def _subgraph(nodes: Sequence[fx.Node], begin: int, end: int) -> fx.Graph:
-    """Copy the operations after ``begin`` up to ``end``, and the constants that they need, to a graph of their own."""
-    dependent = depends_on_input(nodes)
-    graph = fx.Graph()
-    source = nodes[begin] if begin >= 0 else next(node for node in nodes if node.op == "placeholder")
-    copies = {source: graph.placeholder("inputs")}
-    inside = nodes[begin + 1 : end + 1]
-    wanted = {node for node in inside if node in dependent and node.op not in ("placeholder", "output")}
-    pending = list(wanted)
-    while pending:
-        constants = {a for a in pending.pop().all_input_nodes if a not in dependent and a not in wanted}
-        wanted |= constants
-        pending += constants
-    for node in nodes:
-        if node in wanted:
-            copies[node] = graph.node_copy(node, copies.__getitem__)
-    graph.output(copies[nodes[end]] if nodes[end].op != "output" else copies[nodes[end].all_input_nodes[0]])
-    return graph
-
-
-def _compile(graph: fx.Graph) -> Callable[[nn.Module, Tensor], Tensor]:
-    code = graph.python_code("self")
-    namespace = dict(code.globals)
-    exec(code.src, namespace)  # noqa: S102 - torch.fx's own generated source, as its GraphModule does
-    function: Callable[[nn.Module, Tensor], Tensor] = namespace["forward"]
-    return function

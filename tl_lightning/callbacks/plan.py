@@ -1,14 +1,15 @@
 """Say before training what is going to happen, and after it what came out and where it lies."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
 from rich.table import Table
-from torch import nn
 
 from tl_lightning.data import ImageFolderDataModule
+from tl_lightning.freezing import Stage
 from tl_lightning.modules import TransferClassifier
 
 _NAMES_SHOWN = 12
@@ -75,11 +76,15 @@ def describe_plan(trainer: Trainer, classifier: TransferClassifier) -> dict[str,
     data = getattr(trainer, "datamodule", None)
     if isinstance(data, ImageFolderDataModule):
         rows["images"] = ", ".join(f"{len(samples.files):,} {split}" for split, samples in data.splits.items())
-    frozen = {id(p) for part in classifier.frozen_parts for p in part.parameters()}
-    stages = classifier.backbone.stages
-    span = stages[0] if len(stages) == 1 else f"{stages[0]} to {stages[-1]}"
-    rows["frozen"] = f"backbone, {span}: {_count(classifier.backbone, frozen)} parameters, in eval mode"
-    rows["trained"] = f"head: {_count(classifier.head, None)} parameters"
+    staging = classifier.staging
+    frozen = [stage for name, stage in staging.stages.items() if name not in staging.trained]
+    if frozen:
+        rows["frozen"] = f"{_span([s.name for s in frozen])}: {_size(classifier, frozen)} parameters, in eval mode"
+    trained = [stage for name, stage in staging.stages.items() if name in staging.trained]
+    head = sum(p.numel() for name, p in classifier.named_parameters() if not name.startswith("backbone."))
+    rows["trained"] = f"head: {head:,} parameters"
+    if trained:
+        rows["trained"] += f"; {_span([s.name for s in trained])}: {_size(classifier, trained)} parameters"
     for optimizer in trainer.optimizers:
         rates = {group.get("name", "?"): group.get("initial_lr", group["lr"]) for group in optimizer.param_groups}
         rows["learning rates"] = f"{type(optimizer).__name__}: " + ", ".join(f"{n} {lr:g}" for n, lr in rates.items())
@@ -90,8 +95,12 @@ def describe_plan(trainer: Trainer, classifier: TransferClassifier) -> dict[str,
     return rows
 
 
-def _count(module: nn.Module, members: set[int] | None) -> str:
-    return f"{sum(p.numel() for p in module.parameters() if members is None or id(p) in members):,}"
+def _span(names: Sequence[str]) -> str:
+    return names[0] if len(names) == 1 else f"{names[0]} to {names[-1]}"
+
+
+def _size(classifier: TransferClassifier, stages: Sequence[Stage]) -> str:
+    return f"{sum(classifier.backbone.get_parameter(name).numel() for stage in stages for name in stage.parameters):,}"
 
 
 @rank_zero_only

@@ -1,6 +1,8 @@
-"""Strategies of transfer learning, as LightningModules."""
+"""Lightning modules: a file for each strategy."""
 
 from tl_lightning.modules.base import TransferClassifier
+from tl_lightning.modules.custom_head import CustomHeadClassifier
 from tl_lightning.modules.linear_probe import LinearProbe
+from tl_lightning.modules.partial_fine_tuning import PartialFineTuning
 
-__all__ = ["LinearProbe", "TransferClassifier"]
+__all__ = ["CustomHeadClassifier", "LinearProbe", "PartialFineTuning", "TransferClassifier"]

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities.types import LRSchedulerConfigType, OptimizerLRScheduler
 from torch import Tensor, nn
@@ -13,19 +13,18 @@ from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 from typing_extensions import Self
 
-from tl_lightning import freezing, optim
+from tl_lightning import optim
 from tl_lightning.backbones import Backbone
 from tl_lightning.batch import PADDING, Batch, NamesClasses
 from tl_lightning.chance import run_seed, seed_torch
+from tl_lightning.freezing import HEAD, Staging, as_frozen
 from tl_lightning.heads import LinearHead
 from tl_lightning.makeup import Recorded
 from tl_lightning.memory import keep_freed_memory
 from tl_lightning.modules import checkpoint as checkpoints
+from tl_lightning.modules.frozen_guard import FrozenGuard
 from tl_lightning.modules.metrics import MeanLoss
 from tl_lightning.modules.step_boundary import StepBoundary
-
-HEAD = "head"
-"""As a boundary: the pooled features; as a first trainable stage: none of the backbone."""
 
 
 class TransferClassifier(Recorded, LightningModule):
@@ -76,7 +75,7 @@ class TransferClassifier(Recorded, LightningModule):
         self.train_loss, self.val_loss, self.test_loss = (MeanLoss() for _ in range(3))
         metrics = self.build_metrics()
         self.val_metrics, self.test_metrics = metrics.clone(prefix="val_"), metrics.clone(prefix="test_")
-        freezing.freeze(backbone)
+        self.staging = Staging(backbone)
 
     # Hooks for subclasses -------------------------------------------------------------------------------------------
 
@@ -103,10 +102,19 @@ class TransferClassifier(Recorded, LightningModule):
 
     # Computation ----------------------------------------------------------------------------------------------------
 
-    @property
-    def frozen_parts(self) -> tuple[nn.Module, ...]:
-        """The parts that do not move."""
-        return (self.backbone,)
+    def train_from(self, stage: str | int) -> None:
+        """Let the head train, and the backbone from a stage on; ``"head"`` is the head alone.
+
+        A subclass with another order of stages overrides :meth:`stages_from`.
+
+        Raises:
+            ValueError: There is no such stage, or it may not train.
+        """
+        self.staging.train(self.stages_from(stage))
+
+    def stages_from(self, stage: str | int) -> Sequence[str]:
+        """Return the names of the backbone's stages that train when training goes from ``stage`` on."""
+        return self.staging.stages_from(stage)
 
     def forward(self, images: Tensor) -> Tensor:
         """Compute class scores.
@@ -126,17 +134,41 @@ class TransferClassifier(Recorded, LightningModule):
         Shape:
             Output: (N, K).
         """
-        if boundary != HEAD:
-            rest = self.backbone if boundary is None else self.backbone.split(boundary)[1]
-            with freezing.as_frozen(inputs.device.type):
-                inputs = rest(inputs)
-        logits: Tensor = self.head(inputs)
+        logits: Tensor = self.head(self.features_from(inputs, boundary))
         return logits
+
+    def features_from(self, inputs: Tensor, boundary: str | None) -> Tensor:
+        """Continue from a boundary to what the head takes; without autograd up to where the backbone may train.
+
+        Raises:
+            ValueError: The inputs come from a boundary before which a part that may train lies.
+        """
+        if boundary == HEAD:
+            return inputs
+        first = self.staging.boundary
+        if first == HEAD:
+            rest = self.backbone if boundary is None else self.backbone.split(boundary)[1]
+            with as_frozen(inputs.device.type):
+                return rest(inputs)  # type: ignore[no-any-return]  # a module's output
+        if boundary is None:
+            prefix, suffix = self.backbone.split(first)
+            with as_frozen(inputs.device.type):
+                inputs = prefix(inputs)
+            return self.run_suffix(suffix, inputs)
+        stages = self.backbone.stages
+        if stages.index(boundary) < stages.index(first):
+            raise ValueError(f"activations of the boundary {boundary!r} are given, and training begins at {first!r}")
+        return self.run_suffix(self.backbone.split(boundary)[1], inputs)
+
+    def run_suffix(self, suffix: nn.Module, inputs: Tensor) -> Tensor:
+        """Run the part of the backbone that may train."""
+        features: Tensor = suffix(inputs)
+        return features
 
     def train(self, mode: bool = True) -> Self:
         """Switch everything but the frozen parts to train mode, or everything to eval mode."""
         super().train(mode)
-        freezing.hold(self.frozen_parts)
+        self.staging.hold(training=mode)
         return self
 
     # Lightning's hooks ----------------------------------------------------------------------------------------------
@@ -168,19 +200,26 @@ class TransferClassifier(Recorded, LightningModule):
                 "leave num_classes out on the command line, and pass num_classes=data.num_classes in Python"
             )
 
+    def configure_callbacks(self) -> list[Callback]:
+        """Guard what is frozen, in every run."""
+        return [FrozenGuard()]
+
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Draw dropout from the place in the run, so that a resumed run draws as an uninterrupted one."""
-        freezing.hold(self.frozen_parts)
-        self._boundary.remember(self.trainer, self, {id(b) for part in self.frozen_parts for b in part.buffers()})
+        self.staging.hold()
+        self._boundary.remember(self.trainer, self, {f"backbone.{name}" for name in self.staging.still()})
         seed_torch(run_seed(), "step", self.trainer.global_step, batch_idx, self.trainer.global_rank)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Compute the loss of a training batch."""
-        logits = self.forward_from(batch.inputs, batch.boundary)
-        loss = self.compute_loss(logits, batch.target)
-        self.train_loss.update(loss.detach(), len(logits))
+        loss = self.training_loss(batch)
+        self.train_loss.update(loss.detach(), len(batch.target))
         self.log("train_loss", self.train_loss, on_step=False, on_epoch=True, prog_bar=True)
         return loss
+
+    def training_loss(self, batch: Batch) -> Tensor:
+        """Compute the mean loss of a training batch, a scalar."""
+        return self.compute_loss(self.forward_from(batch.inputs, batch.boundary), batch.target)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Add a validation batch to the loss and the metrics."""
@@ -220,28 +259,44 @@ class TransferClassifier(Recorded, LightningModule):
                 f"this classifier was made from a checkpoint, which does not bring back its {' and '.join(self.left_out)}; to "
                 "train on, make the classifier with them and give the checkpoint to fit: trainer.fit(model, ckpt_path=...)"
             )
-        trainable = [(name, p) for name, p in self.named_parameters() if p.requires_grad]
-        optimizer = optim.build_optimizer(optim.parameter_groups(trainable, name=HEAD, lr=self.lr), self.optimizer)
-        if self.scheduler is None:
-            total_steps = self.trainer.estimated_stepping_batches
-            if total_steps == float("inf"):
-                raise ValueError(
-                    "the schedule needs the length of the run: set max_epochs or max_steps, or a scheduler"
-                )
-            schedule = optim.warmup_cosine(optimizer, int(total_steps))
-            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
-        schedule_by_user = self.scheduler(optimizer)
-        config: LRSchedulerConfigType = {"scheduler": schedule_by_user, "interval": self.scheduler_interval}
-        if isinstance(schedule_by_user, torch.optim.lr_scheduler.ReduceLROnPlateau):
-            config["monitor"] = getattr(schedule_by_user, "monitor", "val_loss")
+        optimizer = optim.build_optimizer(self.parameter_groups(), self.optimizer)
+        steps = self.trainer.estimated_stepping_batches if self.scheduler is None else None
+        schedule = optim.build_schedule(optimizer, self.scheduler, steps)
+        config: LRSchedulerConfigType = {
+            "scheduler": schedule,
+            "interval": self.scheduler_interval if self.scheduler else "step",
+        }
+        if isinstance(schedule, torch.optim.lr_scheduler.ReduceLROnPlateau):
+            config["monitor"] = getattr(schedule, "monitor", "val_loss")
         return {"optimizer": optimizer, "lr_scheduler": config}
+
+    def learning_rates(self) -> dict[str, float]:
+        """Return the rate, per optimizer step, of the head and of each stage that may ever train."""
+        return {HEAD: self.lr}
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """Return the groups of the optimizer: everything that may ever train, from the start, each parameter in one group.
+
+        A parameter that frozen parts use as well is in none.
+        """
+        backbone = dict(self.backbone.named_parameters())
+        own = {id(parameter) for parameter in backbone.values()}
+        groups = []
+        for name, lr in self.learning_rates().items():
+            if name == HEAD:
+                members = [(n, p) for n, p in self.named_parameters() if id(p) not in own]
+            else:
+                members = [(n, backbone[n]) for n in self.staging.stages[name].parameters]
+            groups += optim.parameter_groups(members, name=name, lr=lr)
+        return groups
 
     # Checkpoints ----------------------------------------------------------------------------------------------------
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what this classifier is made of, so that the checkpoint is enough to make it again."""
-        checkpoint[checkpoints.KEY] = checkpoints.describe(self)
-        self._boundary.go_back(self.trainer, checkpoint)
+        if self._trainer is not None:
+            self._boundary.go_back(self._trainer, checkpoint)
+        checkpoint[checkpoints.KEY] = checkpoints.describe(self, checkpoint["state_dict"])
 
     @classmethod
     def load_from_checkpoint(  # type: ignore[override]  # a checkpoint is enough: it takes no hyperparameters

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
+from torch import Tensor
 
 from tl_lightning import makeup
 from tl_lightning.freezing import fingerprint
@@ -50,8 +52,13 @@ def _describe_object(classifier: TransferClassifier) -> dict[str, Any]:
         raise ValueError(f"{type(classifier).__name__} could not be saved: {error}") from error
 
 
-def describe(classifier: TransferClassifier) -> dict[str, Any]:
-    """Describe a classifier in primitives."""
+def describe(classifier: TransferClassifier, state: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Describe a classifier in primitives.
+
+    Args:
+        classifier: What is saved.
+        state: Its parameters and buffers as they are saved, which need not be those at hand: they may be averages.
+    """
     return {
         "format": FORMAT,
         "version": version("tl_lightning"),
@@ -59,8 +66,12 @@ def describe(classifier: TransferClassifier) -> dict[str, Any]:
         "left_out": [name for name in TRAINING_ONLY if getattr(classifier, name) is not None],
         "class_names": None if classifier.class_names is None else list(classifier.class_names),
         "preprocessing": list(classifier.backbone.preprocessing),
-        "hashes": {"backbone": fingerprint(classifier.backbone)},
+        "hashes": {"backbone": fingerprint(_backbone_of(state))},
     }
+
+
+def _backbone_of(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor for name, tensor in state.items() if name.startswith("backbone.")}
 
 
 def read(path: str | Path, map_location: str | torch.device | None = None) -> dict[str, Any]:
@@ -125,7 +136,7 @@ def load(cls: type[_C], path: str | Path, map_location: str | torch.device | Non
             f"the weights in {str(path)!r} do not fit {saved.__name__}: missing {missing[:5]}, unknown {unexpected[:5]}. Has "
             "its code changed since?"
         )
-    if fingerprint(classifier.backbone) != made_of["hashes"]["backbone"]:
+    if fingerprint(_backbone_of(classifier.state_dict())) != made_of["hashes"]["backbone"]:
         raise ValueError(f"the backbone in {str(path)!r} is not the one that was saved: the file is damaged")
     if map_location is not None:
         classifier = classifier.to(map_location)

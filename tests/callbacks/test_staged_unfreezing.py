@@ -1,0 +1,272 @@
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.strategies import FSDPStrategy
+
+from tests.doubles import TinyBackbone
+from tests.staged import EPOCHS, SCHEDULE, TRAINED, Watch, classifier, images, schedulers, trainer
+from tl_lightning.callbacks import StagedUnfreezing
+from tl_lightning.freezing import fingerprint
+from tl_lightning.modules import LinearProbe, PartialFineTuning
+
+# The resumed runs here write no checkpoints of their own.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`, callbacks:UserWarning"),
+    # torch 2.15 on its own SequentialLR
+    pytest.mark.filterwarnings("ignore:The epoch parameter in `scheduler.step:UserWarning"),
+]
+
+
+# The stage ------------------------------------------------------------------------------------------------------------
+
+
+def test_each_epoch_trains_its_stages_and_moves_only_those(photos: Path, tmp_path: Path) -> None:
+    model = classifier()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    watch = Watch()
+    trainer(tmp_path, StagedUnfreezing(SCHEDULE), watch).fit(model, images(photos))
+    assert watch.trained == TRAINED
+    for epoch, (trained, state) in enumerate(zip(TRAINED, watch.states, strict=True)):
+        for name, tensor in state.items():
+            stage = name.split(".")[2] if name.startswith("backbone.") else "head"
+            is_parameter = name in dict(model.named_parameters())
+            moved = not torch.equal(tensor, before[name])
+            assert moved == (is_parameter and stage in (*trained, "head")) or (not is_parameter and stage == "head"), (
+                f"epoch {epoch}: {name} {'moved' if moved else 'did not move'}"
+            )
+        before = state
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [
+        ({0: "layer2"}, [("layer2", "layer3")] * 2),
+        ({1: 2}, [(), ("layer2", "layer3")]),
+        ({0: 3, 1: 0}, [("layer1", "layer2", "layer3"), ()]),
+    ],
+)
+def test_stages_by_name_and_by_number(
+    schedule: dict[int, str | int], expected: list[Any], photos: Path, tmp_path: Path
+) -> None:
+    watch = Watch()
+    trainer(tmp_path, StagedUnfreezing(schedule), watch, max_epochs=2).fit(classifier(), images(photos))
+    assert watch.trained == expected
+
+
+def test_second_fit_goes_on_at_the_right_stage(photos: Path, tmp_path: Path) -> None:
+    watch = Watch()
+    run = trainer(tmp_path, StagedUnfreezing(SCHEDULE), watch, max_epochs=2)
+    model, data = classifier(), images(photos)
+    run.fit(model, data)
+    run.fit_loop.max_epochs = EPOCHS
+    run.fit(model, data)
+    assert watch.trained == TRAINED
+
+
+def test_callback_is_used_again_in_a_new_trainer(photos: Path, tmp_path: Path) -> None:
+    callback = StagedUnfreezing(SCHEDULE)
+    ends = []
+    for _ in range(2):
+        watch = Watch()
+        model = classifier()
+        trainer(tmp_path, callback, watch).fit(model, images(photos))
+        assert watch.trained == TRAINED
+        ends.append(fingerprint(model.state_dict()))
+    assert ends[0] == ends[1]
+
+
+def test_validation_and_test_change_nothing(photos: Path, tmp_path: Path) -> None:
+    model, data = classifier(), images(photos)
+    state = fingerprint(model.state_dict())
+    flags = [p.requires_grad for p in model.parameters()]
+    assert any(flags)
+    run = trainer(tmp_path, StagedUnfreezing(SCHEDULE))
+    run.validate(model, data, verbose=False)
+    run.test(model, data, verbose=False)
+    assert [p.requires_grad for p in model.parameters()] == flags
+    assert fingerprint(model.state_dict()) == state
+
+
+# Resuming -------------------------------------------------------------------------------------------------------------
+
+
+def run(photos: Path, folder: Path, resume: Path | None = None, **options: Any) -> tuple[PartialFineTuning, Watch]:
+    model = classifier(**{key: options.pop(key) for key in ("scheduler", "scheduler_interval") if key in options})
+    callbacks: list[pl.Callback] = [StagedUnfreezing(options.pop("schedule", SCHEDULE)), watch := Watch()]
+    if resume is None:
+        each_epoch = ModelCheckpoint(folder, "epoch-{epoch}", save_top_k=-1, save_on_train_epoch_end=True)
+        each_step = ModelCheckpoint(folder, "step-{step}", save_top_k=-1, every_n_train_steps=1)
+        callbacks += [each_epoch, *([each_step] if options.pop("each_step", False) else [])]
+    options["enable_checkpointing"] = resume is None
+    torch.manual_seed(0 if resume is None else 99)
+    trainer(folder, *callbacks, **options).fit(
+        model, images(photos, augment=False), ckpt_path=resume, weights_only=True
+    )
+    return model, watch
+
+
+@pytest.mark.parametrize("name", schedulers(1))
+def test_resumed_after_every_epoch(name: str, photos: Path, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"scheduler": schedulers(EPOCHS * 3)[name]}
+    options["scheduler_interval"] = "step" if name == "OneCycleLR" else "epoch"
+    model, watch = run(photos, tmp_path, **options)
+    assert watch.trained == TRAINED
+    checkpoints = sorted(tmp_path.glob("epoch-*.ckpt"))
+    assert len(checkpoints) == EPOCHS
+    for epoch, checkpoint in enumerate(checkpoints[:-1]):
+        resumed, watch = run(photos, tmp_path, checkpoint, **options)
+        assert watch.trained == TRAINED[epoch + 1 :], checkpoint.name
+        assert fingerprint(resumed.state_dict()) == fingerprint(model.state_dict()), checkpoint.name
+
+
+def test_resumed_in_the_middle_of_an_epoch(photos: Path, tmp_path: Path) -> None:
+    model, _ = run(photos, tmp_path, each_step=True)
+    checkpoints = sorted(tmp_path.glob("step-*.ckpt"))
+    assert len(checkpoints) == 3 * EPOCHS
+    for checkpoint in checkpoints:
+        resumed, watch = run(photos, tmp_path, checkpoint)
+        assert watch.trained == TRAINED[len(TRAINED) - len(watch.trained) :], checkpoint.name
+        assert fingerprint(resumed.state_dict()) == fingerprint(model.state_dict()), checkpoint.name
+
+
+def test_schedule_is_changed_on_resume(photos: Path, tmp_path: Path) -> None:
+    run(photos, tmp_path, max_epochs=2)
+    _, watch = run(photos, tmp_path, tmp_path / "epoch-epoch=1.ckpt", schedule={0: "layer2", 3: "layer3"})
+    assert watch.trained == [("layer2", "layer3"), ("layer3",), ("layer3",)]
+
+
+# Rates ----------------------------------------------------------------------------------------------------------------
+
+
+def test_rates_of_a_staged_run(photos: Path, tmp_path: Path) -> None:
+    """Each group's warm-up begins where its stage does; the schedule beneath it is the user's."""
+    watch = Watch()
+    callback = StagedUnfreezing({1: "layer3", 3: "layer2", 4: "head", 5: "layer2"}, warmup_epochs=1.0)
+    model = classifier(
+        lr=1.0, backbone_lr=0.5, layer_decay=0.5, unfreeze_from="layer2", scheduler=schedulers(0)["StepLR"]
+    )
+    run = trainer(tmp_path, callback, watch, max_epochs=6)
+    run.fit(model, images(photos))
+    table = [[round(step[name], 4) for name in ("head", "layer3", "layer2")] for step in watch.steps]
+    third = 1 / 3
+    expected = [
+        # head   layer3          layer2
+        *[(1.0, 0.0, 0.0)] * 3,
+        *((1.0, 0.5 * share, 0.0) for share in (third, 2 * third, 1.0)),
+        *[(0.5, 0.25, 0.0)] * 3,
+        *((0.5, 0.25, 0.125 * share) for share in (third, 2 * third, 1.0)),
+        *[(0.25, 0.0, 0.0)] * 3,
+        *((0.25, 0.125 * share, 0.0625 * share) for share in (third, 2 * third, 1.0)),
+    ]
+    assert table == [pytest.approx(row, abs=1e-4) for row in expected]
+    assert [group["lr"] for group in run.optimizers[0].param_groups[::2]] == [0.125, 0.0625, 0.03125], "left as it was"
+    logged = {name: float(run.callback_metrics[f"lr-{name}"]) for name in ("head", "layer3", "layer2")}
+    assert logged == pytest.approx({"head": 0.25, "layer3": 0.125, "layer2": 0.0625}), "what is logged is what was used"
+
+
+@pytest.mark.parametrize("name", schedulers(1))
+def test_no_schedule_flattens_the_ratio_between_groups(name: str, photos: Path, tmp_path: Path) -> None:
+    interval: Any = "step" if name == "OneCycleLR" else "epoch"
+    model = classifier(layer_decay=0.5, scheduler=schedulers(EPOCHS * 3)[name], scheduler_interval=interval)
+    seen: list[list[float]] = []
+
+    class Rates(pl.Callback):
+        def on_train_batch_start(self, trainer: pl.Trainer, *args: Any) -> None:
+            seen.append([group["lr"] for group in trainer.optimizers[0].param_groups[::2]])
+
+    trainer(tmp_path, Rates()).fit(model, images(photos))
+    assert len(seen) == EPOCHS * 3
+    for head, layer3, layer2, layer1 in seen:
+        assert (layer3 / head, layer2 / head, layer1 / head) == pytest.approx((0.5, 0.25, 0.125), rel=1e-6)
+
+
+def test_schedule_that_cannot_be_put_right_is_refused(photos: Path, tmp_path: Path) -> None:
+    class Flat(torch.optim.lr_scheduler.LRScheduler):
+        def get_lr(self) -> list[float | torch.Tensor]:
+            return [0.1 for _ in self.base_lrs]
+
+    with pytest.raises(ValueError, match=r"Flat gives every group the rate 0\.1, where they had head 0\.01"):
+        trainer(tmp_path).fit(classifier(scheduler=Flat), images(photos))
+
+
+# Optimizer state ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.AdamW])
+def test_frozen_parameters_have_no_state_and_do_not_move(optimizer: Any, photos: Path, tmp_path: Path) -> None:
+    """Neither weight decay nor momentum moves what is frozen, before its stage or after."""
+    options = {"weight_decay": 0.1} | ({"momentum": 0.9} if optimizer is torch.optim.SGD else {})
+    model = classifier(optimizer=lambda groups: optimizer(groups, **options))
+    states: list[set[str]] = []
+
+    class Look(Watch):
+        def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+            super().on_train_epoch_end(trainer, pl_module)
+            names = {id(p): n for n, p in pl_module.named_parameters()}
+            states.append(
+                {names[id(p)].split(".")[2] for p in trainer.optimizers[0].state if "backbone" in names[id(p)]}
+            )
+
+    watch = Look()
+    trainer(tmp_path, StagedUnfreezing(SCHEDULE), watch).fit(model, images(photos))
+    assert states == [set(), {"layer3"}, *[{"layer1", "layer2", "layer3"}] * 3]
+    for name, tensor in watch.states[3].items():
+        if name.startswith("backbone."):
+            assert torch.equal(tensor, watch.states[4][name]), f"{name} moved after it was frozen again"
+
+
+# Early stopping -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("stop_early", "epochs"), [(False, 4 + 2), (True, 2)])
+def test_early_stopping_waits_for_the_last_stage(stop_early: bool, epochs: int, photos: Path, tmp_path: Path) -> None:
+    """Patience is counted from the last stage's start."""
+
+    class Worse(PartialFineTuning):
+        def on_validation_epoch_end(self) -> None:
+            self.log("worse", float(self.current_epoch))
+
+    globals()["Worse"] = Worse
+    Worse.__qualname__ = "Worse"
+    stopping = EarlyStopping("worse", patience=1, mode="min")
+    watch = Watch()
+    model = Worse(TinyBackbone(), 3, unfreeze_from="layer1")
+    callback = StagedUnfreezing({2: "layer3", 4: "layer1"}, stop_early=stop_early)
+    trainer(tmp_path, callback, stopping, watch, max_epochs=20).fit(model, images(photos))
+    assert len(watch.trained) == (2 if stop_early else 5)
+    assert stopping.patience == 1
+
+
+# Wrong use ------------------------------------------------------------------------------------------------------------
+
+
+def fails(schedule: dict[int, str | int], photos: Path, tmp_path: Path, model: Any = None, **options: Any) -> None:
+    trainer(tmp_path, StagedUnfreezing(schedule), **options).fit(model or classifier(), images(photos))
+
+
+def test_mistakes_are_found_before_training(photos: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="unknown stage 'layer9'; did you mean"):
+        fails({1: "layer9"}, photos, tmp_path)
+    with pytest.raises(
+        ValueError, match=r"'stem' is to train, and only layer1, layer2, layer3 may train.*PartialFineTuning"
+    ):
+        fails({1: "stem"}, photos, tmp_path)
+    with pytest.raises(ValueError, match="the last 9 stages are to train; tiny has 4"):
+        fails({1: 9}, photos, tmp_path)
+    with pytest.raises(ValueError, match=r"LinearProbe never trains its backbone.*use PartialFineTuning"):
+        fails({1: "layer3"}, photos, tmp_path, LinearProbe(TinyBackbone(), 3))
+    with pytest.raises(ValueError, match=r"schedule is \{\}"):
+        StagedUnfreezing({})
+    with pytest.raises(ValueError, match="warmup_epochs is -1"):
+        StagedUnfreezing({1: "layer3"}, warmup_epochs=-1)
+
+
+def test_strategy_that_cannot_unfreeze_is_refused(photos: Path, tmp_path: Path) -> None:
+    run = trainer(tmp_path, StagedUnfreezing(SCHEDULE))
+    run.strategy.__class__ = FSDPStrategy  # it wants a GPU
+    with pytest.raises(ValueError, match=r"FSDPStrategy takes the parameters as they are.*use strategy 'ddp'"):
+        StagedUnfreezing(SCHEDULE).setup(run, classifier(), "fit")

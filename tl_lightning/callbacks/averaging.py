@@ -1,0 +1,23 @@
+"""Exponential moving average of the weights."""
+
+from lightning.pytorch.callbacks import WeightAveraging
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+
+
+class EMA(WeightAveraging):
+    """Validate and save an exponential moving average of the weights (https://arxiv.org/abs/1703.01780).
+
+    Frozen weights are the same in the average, bit for bit, and buffers are the model's own: averaging would truncate
+    those that hold integers.
+
+    Args:
+        decay: Share of the average that stays at each optimizer step.
+
+    Raises:
+        ValueError: The decay is not between 0 and 1.
+    """
+
+    def __init__(self, decay: float = 0.999) -> None:
+        if not 0 <= decay < 1:
+            raise ValueError(f"decay is {decay}; it is a share, as 0.999")
+        super().__init__(use_buffers=False, multi_avg_fn=get_ema_multi_avg_fn(decay))  # type: ignore[no-untyped-call]  # torch gives it no types
