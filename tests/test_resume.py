@@ -97,8 +97,13 @@ def check(results: dict[str, list[str]], steps_per_epoch: int) -> None:
 @pytest.mark.parametrize("world", [1, 2])
 @pytest.mark.parametrize(
     ("options", "steps_per_epoch"),
-    [({}, 8), ({"val_check_interval": 0.5}, 8), ({"accumulate_grad_batches": 3, "gradient_clip_val": 0.1}, 3)],
-    ids=["plain", "validated within the epoch", "accumulated"],
+    [
+        ({}, 8),
+        ({"val_check_interval": 0.5}, 8),
+        ({"accumulate_grad_batches": 3, "gradient_clip_val": 0.1}, 3),
+        ({"max_steps": 24}, 8),
+    ],
+    ids=["plain", "validated within the epoch", "accumulated", "ended by steps"],
 )
 def test_resumed_from_anywhere(
     world: int, options: dict[str, Any], steps_per_epoch: int, photos: Path, tmp_path: Path

@@ -24,7 +24,7 @@ from tl_lightning.memory import keep_freed_memory
 from tl_lightning.modules import checkpoint as checkpoints
 from tl_lightning.modules.frozen_guard import FrozenGuard
 from tl_lightning.modules.metrics import MeanLoss
-from tl_lightning.modules.step_boundary import StepBoundary
+from tl_lightning.modules.step_boundary import StepBoundary, finish_epoch
 
 
 class TransferClassifier(Recorded, LightningModule):
@@ -297,6 +297,11 @@ class TransferClassifier(Recorded, LightningModule):
         if self._trainer is not None:
             self._boundary.go_back(self._trainer, checkpoint)
         checkpoint[checkpoints.KEY] = checkpoints.describe(self, checkpoint["state_dict"])
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Go on where Lightning would go on wrongly."""
+        if self._trainer is not None and self._trainer.max_steps != -1:
+            finish_epoch(checkpoint)
 
     @classmethod
     def load_from_checkpoint(  # type: ignore[override]  # a checkpoint is enough: it takes no hyperparameters

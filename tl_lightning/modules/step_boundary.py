@@ -15,6 +15,25 @@ def batches_since_step(trainer: Trainer) -> int:
     return begun % trainer.accumulate_grad_batches
 
 
+def finish_epoch(checkpoint: dict[str, Any]) -> None:
+    """Take a checkpoint from the end of an epoch to the start of the next one, for a run that ends by ``max_steps``.
+
+    Lightning does so itself where a run ends by ``max_epochs`` alone; otherwise it would begin the next epoch under the
+    number of the one before, and so with its data (lightning.pytorch.loops.fit_loop, ``_iteration_based_training``).
+    """
+    loop = checkpoint["loops"]["fit_loop"]
+    epochs = loop["epoch_progress"]
+    now = epochs["current"]
+    if not now["ready"] == now["started"] == now["processed"] == now["completed"] + 1:
+        return
+    for counts in (epochs["current"], epochs["total"]):
+        counts["completed"] = counts["processed"]
+    batches = loop["epoch_loop.batch_progress"]
+    batches["is_last_batch"] = False
+    batches["total"]["completed"] = batches["total"]["processed"]
+    batches["current"] = dict.fromkeys(batches["current"], 0)
+
+
 class StepBoundary:
     """Take a checkpoint back to the optimizer's last step, since accumulated gradients are not saved.
 
