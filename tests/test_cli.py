@@ -1,21 +1,25 @@
 """The command line, end to end, on small images."""
 
 import csv
+import os
 import re
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from torchmetrics import MetricCollection
+from torchmetrics.classification import MulticlassAccuracy
 
 from tests.doubles import image_folder, save_image
 from tl_lightning.cli import main
-from tl_lightning.defaults import default_precision
+from tl_lightning.defaults import claim_folder, default_precision, find_checkpoint
 from tl_lightning.images import read_image
-from tl_lightning.modules import TransferClassifier
+from tl_lightning.modules import LinearProbe, TransferClassifier
 from tl_lightning.transforms import eval_transform
 
 TINY = ["--backbone=tests.doubles.TinyBackbone", "--model=LinearProbe"]
@@ -54,7 +58,8 @@ def test_last_is_the_last_epoch_and_best_the_best(run: Path) -> None:
     last, best = (torch.load(run / "checkpoints" / f"{name}.ckpt", weights_only=True) for name in ("last", "best"))
     assert last["epoch"] == 14
     rows = list(csv.DictReader((run / "metrics.csv").read_text().splitlines()))
-    scores = [float(row["val_f1"]) for row in rows if row["val_f1"]]
+    scores = [(float(row["val_f1"]), -float(row["val_loss"])) for row in rows if row["val_f1"]]
+    assert len({f1 for f1, _ in scores}) < len(scores), "no two epochs are equal, so that the loss decides nothing"
     assert best["epoch"] == scores.index(max(scores))
 
 
@@ -65,10 +70,10 @@ def test_plan_and_outcome_are_printed(photos: Path, tmp_path: Path, capsys: pyte
         "LinearProbe on tiny",
         "3: ant, bee, cat",
         "33 train, 4 val, 4 test",
-        "backbone, stem to layer3:",
+        "stem to layer3: 6,444",
         "parameters, in eval mode",
         "head: 75 parameters",
-        "AdamW: head 0.05, head_no_decay 0.05",
+        "AdamW: head 0.05 ",
         "2 epochs, 2 steps",
         "best val_f1",
         "test accuracy",
@@ -246,6 +251,145 @@ def test_mistakes_are_found_before_anything_is_written(
     common = ["fit", "--model=LinearProbe", f"--data.root={photos}", f"--trainer.default_root_dir={tmp_path}"]
     assert message in fails(capsys, *common, *args)
     assert not list(tmp_path.iterdir())
+
+
+OWN_MODULE = """
+from torch import nn
+from tl_lightning.modules import LinearProbe
+
+class SmoothedProbe(LinearProbe):
+    def compute_loss(self, logits, target):
+        return nn.functional.cross_entropy(logits, target, label_smoothing=0.1)
+"""
+
+
+def test_class_of_ones_own_trains_and_predicts(photos: Path, tmp_path: Path) -> None:
+    """From the folder at hand, by the console script; naming the class is what trusts it."""
+    (tmp_path / "my_probes.py").write_text(OWN_MODULE)
+    script = Path(sys.executable).with_name("tl-lightning")
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+
+    def run(*args: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(  # noqa: S603 - our own script
+            [script, *args], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+        )
+
+    fitted = run(*("fit", "--backbone=tests.doubles.TinyBackbone", "--model=my_probes.SmoothedProbe"), *_short(photos))
+    assert fitted.returncode == 0, fitted.stderr
+    refused = run("predict", f"--data.root={photos}", "--ckpt_path=best")
+    assert refused.returncode == 1
+    assert "names the class 'my_probes.SmoothedProbe'" in refused.stderr
+    assert "Traceback" not in refused.stderr, "a mistake of the user's is one message"
+    trust = ["--backbone=tests.doubles.TinyBackbone", "--model=my_probes.SmoothedProbe"]
+    for more in (trust, ["--config=runs/version_0/config.yaml"]):
+        predicted = run("predict", f"--data.root={photos}", "--data.num_workers=0", "--ckpt_path=best", *more)
+        assert predicted.returncode == 0, predicted.stderr
+        assert "predictions.csv" in predicted.stdout
+
+
+def _short(photos: Path) -> list[str]:
+    return [f"--data.root={photos}", "--data.num_workers=0", "--trainer.max_epochs=1"]
+
+
+def test_configuration_without_classes_leaves_the_defaults(photos: Path, tmp_path: Path) -> None:
+    (tmp_path / "short.yaml").write_text(
+        "trainer: {max_epochs: 1}\nmodel: {class_path: LinearProbe, init_args: {lr: 0.1}}\n"
+    )
+    backbone = "--backbone=tests.doubles.TinyBackbone"
+    main(
+        [
+            "fit",
+            f"--config={tmp_path / 'short.yaml'}",
+            backbone,
+            f"--data.root={photos}",
+            f"--trainer.default_root_dir={tmp_path}",
+        ]
+    )
+    assert (tmp_path / "version_0" / "checkpoints" / "best.ckpt").is_file()
+
+
+def test_run_that_could_not_be_tested_is_found_before_training(photos: Path, tmp_path: Path) -> None:
+    arguments = [*TINY, f"--data.root={photos}", f"--trainer.default_root_dir={tmp_path}", "--test_after_fit=true"]
+    with pytest.raises(ValueError, match="none for 'test'"):
+        main(["fit", *arguments, "--data.test_fraction=0"])
+    assert not list(tmp_path.rglob("*.ckpt"))
+
+
+def test_metrics_without_f1_choose_by_the_loss(photos: Path, tmp_path: Path) -> None:
+    folder = fit(photos, tmp_path, "--model=tests.test_cli.AccuracyProbe", "--model.lr=0.05")
+    assert "val_loss" in str(torch.load(folder / "checkpoints" / "best.ckpt", weights_only=True)["callbacks"])
+
+
+class AccuracyProbe(LinearProbe):
+    def build_metrics(self) -> MetricCollection:
+        return MetricCollection({"accuracy": MulticlassAccuracy(self.num_classes)})
+
+
+def test_names_are_printed_to_the_letter(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    photos = image_folder(tmp_path / "photos", {"[red]": 6, "[bold]": 6})
+    fit(photos, tmp_path / "runs[v2]")
+    printed = capsys.readouterr().out
+    assert "2: [bold], [red]" in printed
+    assert "runs[v2]" in printed.replace("\n", "").replace(" ", "")
+
+
+# Resuming -------------------------------------------------------------------------------------------------------------
+
+
+def test_resumed_run_keeps_its_best_score_its_metrics_and_its_configuration(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a relative folder, as by default, and a learning rate that only gets worse."""
+    monkeypatch.chdir(tmp_path)
+    arguments = ["fit", *TINY, f"--data.root={photos}", "--data.num_workers=0", "--data.val_fraction=0.3"]
+    main([*arguments, "--model.lr=0.05", "--trainer.max_epochs=6"])
+    run = tmp_path / "runs" / "version_0"
+    before = torch.load(run / "checkpoints" / "best.ckpt", weights_only=True)["epoch"]
+    rows = (run / "metrics.csv").read_text().splitlines()
+    config = (run / "config.yaml").read_text()
+    best = {"best.ckpt": (run / "checkpoints" / "best.ckpt").read_bytes()}
+
+    with pytest.raises(ValueError, match="drawn from seed 42 then and from 7 now"):
+        main([*arguments, "--model.lr=0.5", "--seed_everything=7", "--trainer.max_epochs=9", "--ckpt_path=last"])
+    assert (run / "config.yaml").read_text() == config, "a run that was refused has changed the configuration"
+    assert (run / "metrics.csv").read_text().splitlines() == rows
+
+    state = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
+    (name,) = [key for key in state["callbacks"] if key.startswith("BestCheckpoint")]
+    state["callbacks"][name]["best_model_score"] = torch.tensor(2.0)  # nothing that comes is as good
+    (path,) = state["callbacks"][name]["best_k_models"]
+    state["callbacks"][name]["best_k_models"] = {path: torch.tensor(2.0)}
+    torch.save(state, run / "checkpoints" / "last.ckpt")
+    run.rename(tmp_path / "runs" / "version_3")
+    run = tmp_path / "runs" / "version_3"
+    main([*arguments, "--model.lr=0.05", "--trainer.max_epochs=9", "--ckpt_path=last"])
+    assert torch.load(run / "checkpoints" / "best.ckpt", weights_only=True)["epoch"] == before
+    assert (run / "checkpoints" / "best.ckpt").read_bytes() == best["best.ckpt"]
+    after = (run / "metrics.csv").read_text().splitlines()
+    assert after[: len(rows)] == rows
+    assert [line.partition(",")[0] for line in after[len(rows) :]] == ["6", "6", "7", "7", "8", "8"]
+    assert yaml.safe_load((run / "config.yaml").read_text())["ckpt_path"] is None
+    assert sorted(path.name for path in tmp_path.joinpath("runs").iterdir()) == ["version_3"]
+
+
+def test_two_runs_never_share_a_folder(tmp_path: Path) -> None:
+    with ThreadPoolExecutor(8) as pool:
+        folders = list(pool.map(claim_folder, [tmp_path / "runs"] * 40))
+    assert len(set(folders)) == 40
+    assert sorted(int(folder.name[8:]) for folder in folders) == list(range(40))
+    (tmp_path / "file").touch()
+    with pytest.raises(NotADirectoryError, match=r"file', a file; give a folder"):
+        claim_folder(tmp_path / "file")
+
+
+def test_newest_run_with_a_checkpoint_is_found(tmp_path: Path) -> None:
+    for number in (2, 10, 11):
+        (tmp_path / f"version_{number}" / "checkpoints").mkdir(parents=True)
+        if number < 11:
+            (tmp_path / f"version_{number}" / "checkpoints" / "last.ckpt").touch()
+    assert find_checkpoint(tmp_path, "last").parts[-3] == "version_10"
+    with pytest.raises(FileNotFoundError, match=r"has a best\.ckpt; give the path"):
+        find_checkpoint(tmp_path, "best")
 
 
 # Help -----------------------------------------------------------------------------------------------------------------

@@ -1,6 +1,10 @@
-import torch
+from typing import Literal
 
-from tl_lightning.heads import LinearHead, Standardize
+import pytest
+import torch
+from torch import nn
+
+from tl_lightning.heads import ConvHead, CosineHead, LinearHead, MLPHead, Standardize, resize_last_linear
 
 
 def test_statistics_are_those_of_everything_seen() -> None:
@@ -41,3 +45,55 @@ def test_linear_head_maps_features_to_scores() -> None:
     head.eval()
     features = torch.randn(8, 6)
     assert torch.equal(head(features), head(features))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_statistics_stay_in_single_precision(dtype: torch.dtype) -> None:
+    """Half precision counts to a few thousand, then stands still or overflows."""
+    layer = Standardize(4).to(dtype)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(1000):
+        layer((2 * torch.randn(64, 4, generator=generator) + 3).to(dtype))
+    assert layer.count == 64_000
+    assert layer.variance.tolist() == pytest.approx([4] * 4, rel=0.05)
+    assert layer(torch.zeros(1, 4, dtype=dtype)).dtype == dtype
+    assert layer.to(torch.float64).mean.dtype == torch.float64
+
+
+@pytest.mark.parametrize("norm", ["none", "batch", "layer"])
+def test_mlp_head(norm: Literal["none", "batch", "layer"]) -> None:
+    head = MLPHead(8, 3, hidden=[7, 5], dropout=0.5, norm=norm)
+    assert head(torch.randn(4, 8)).shape == (4, 3)
+    linear = [module for module in head.modules() if isinstance(module, nn.Linear)]
+    assert [(m.in_features, m.out_features) for m in linear] == [(8, 7), (7, 5), (5, 3)]
+    kinds = {"none": nn.Identity, "batch": nn.BatchNorm1d, "layer": nn.LayerNorm}
+    assert sum(isinstance(module, kinds[norm]) for module in head.modules()) == 2
+    head.eval()
+    features = torch.randn(4, 8)
+    assert torch.equal(head(features), head(features))
+    with pytest.raises(ValueError, match=r"hidden is \[\]"):
+        MLPHead(8, 3, hidden=[])
+
+
+def test_cosine_head_sees_directions_alone() -> None:
+    head = CosineHead(8, 3, scale=4.0)
+    features = torch.randn(5, 8)
+    assert torch.allclose(head(features), head(7 * features), atol=1e-6)
+    assert head(head.weight.detach()).diagonal().tolist() == pytest.approx([4.0] * 3)
+    assert {name for name, _ in head.named_parameters()} == {"weight", "scale"}
+
+
+def test_conv_head_convolves_before_it_pools() -> None:
+    head = ConvHead(6, 3, channels=5)
+    spatial = torch.randn(2, 6, 4, 7)
+    expected = head.linear(head.conv(spatial).relu().mean((2, 3)))
+    assert torch.equal(head(spatial), expected)
+    mirrored = head(spatial.flip(3))
+    assert not torch.allclose(mirrored, expected), "the layout of the map makes no difference: it was pooled first"
+    with pytest.raises(ValueError, match="kernel_size is 4; it must be odd"):
+        ConvHead(6, 3, kernel_size=4)
+
+
+def test_last_linear_layer_is_resized() -> None:
+    head = resize_last_linear(nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 1000)), 3)
+    assert head(torch.zeros(1, 4)).shape == (1, 3)

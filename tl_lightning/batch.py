@@ -41,3 +41,12 @@ class NamesFiles(Protocol):
     @property
     def predict_files(self) -> Sequence[str]:
         """Path of each image to predict, in the order of ``Batch.index``."""
+
+
+@runtime_checkable
+class Preprocesses(Protocol):
+    """Whatever prepares images for a network: a data module, for the module whose network sees them."""
+
+    @property
+    def preprocessing(self) -> tuple[object, ...] | None:
+        """What the images go through; None if it is not known."""

@@ -1,6 +1,7 @@
 """The command line: links between backbone, data and model, and defaults."""
 
-import re
+import importlib
+import logging
 import sys
 import warnings
 from pathlib import Path
@@ -10,12 +11,20 @@ from lightning.pytorch import Callback, LightningDataModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 
+from tl_lightning.arguments import class_paths, name_classes
 from tl_lightning.backbones import Backbone
 from tl_lightning.callbacks import Outcome, Plan, PredictionWriter, Progress
 from tl_lightning.chance import DEFAULT_SEED
 from tl_lightning.data import ImageFolderDataModule
-from tl_lightning.defaults import best_and_last, default_loggers, default_precision
-from tl_lightning.modules import TransferClassifier
+from tl_lightning.defaults import (
+    SaveConfig,
+    best_and_last,
+    claim_folder,
+    default_loggers,
+    default_precision,
+    find_checkpoint,
+)
+from tl_lightning.modules import TransferClassifier, checkpoint
 from tl_lightning.transforms import Preprocessing
 
 _DESCRIPTIONS = {
@@ -23,11 +32,6 @@ _DESCRIPTIONS = {
     "validate": "Score a checkpoint on the validation images.",
     "test": "Score a checkpoint on the test images.",
     "predict": "Write predictions.csv for a folder of images, nested or flat.",
-}
-
-_DEFAULT_CLASSES = {
-    "fit": ("--backbone=TorchvisionBackbone", "--backbone.name=resnet50", "--model=LinearProbe"),
-    "any": ("--data=ImageFolderDataModule",),
 }
 
 _EXPECTED_WARNINGS = (
@@ -48,6 +52,21 @@ _EXPECTED_WARNINGS = (
 )
 
 
+_NOISE = (
+    "\N{ELECTRIC LIGHT BULB} Tip",
+    "TPU available",
+    "GPU available",
+    "Loading `",
+    "Restoring states",
+    "Loaded model weights",
+    "The following callbacks returned",
+)
+
+
+def _worth_reading(record: logging.LogRecord) -> bool:
+    return not record.getMessage().startswith(_NOISE)
+
+
 class _Parser(LightningArgumentParser):
     """A parser that says what is wrong, without sixty lines of usage in front of it."""
 
@@ -66,7 +85,9 @@ class TransferCLI(LightningCLI):
     def __init__(self, args: ArgsType = None) -> None:
         for message in _EXPECTED_WARNINGS:
             warnings.filterwarnings("ignore", message)
+        logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_worth_reading)
         super().__init__(
+            save_config_callback=SaveConfig,
             save_config_kwargs={"overwrite": True},  # a resumed run goes on in its own folder
             trainer_defaults={"max_epochs": 10, "default_root_dir": "runs", "enable_model_summary": False},
             seed_everything_default=DEFAULT_SEED,
@@ -84,15 +105,22 @@ class TransferCLI(LightningCLI):
         """Add trainer, backbone, data and model, and link them."""
         parser.add_lightning_class_args(self.trainer_class, "trainer")
         parser.set_defaults({f"trainer.{key}": value for key, value in self.trainer_defaults.items()})
-        parser.add_subclass_arguments(LightningDataModule, "data", required=True)
+        parser.add_subclass_arguments(
+            LightningDataModule, "data", required=True, help="The images; ImageFolderDataModule where none is named."
+        )
         if self._building != "fit":  # the configuration of a fit is valid here as well
             for key in ("backbone", "model"):
                 parser.add_argument(
-                    f"--{key}", type=dict | None, default=None, help="From the checkpoint; not used here."
+                    f"--{key}",
+                    type=str | dict | None,
+                    default=None,
+                    help="From the checkpoint. Name a class of your own here to let the checkpoint name it.",
                 )
             return
-        parser.add_subclass_arguments(Backbone, "backbone", required=True)
-        parser.add_subclass_arguments(TransferClassifier, "model", required=True)
+        network = "The pre-trained network; TorchvisionBackbone with the name resnet50 where none is named."
+        parser.add_subclass_arguments(Backbone, "backbone", required=True, help=network)
+        strategy = "How it is trained; LinearProbe where none is named."
+        parser.add_subclass_arguments(TransferClassifier, "model", required=True, help=strategy)
         parser.link_arguments("backbone", "model.init_args.backbone", apply_on="instantiate")
         parser.link_arguments(
             "backbone", "data.init_args.preprocessing", compute_fn=_preprocessing_of, apply_on="instantiate"
@@ -123,18 +151,30 @@ class TransferCLI(LightningCLI):
         """Parse the arguments; without a configuration, they need to name only what is not the default."""
         if args is None:
             args = sys.argv[1:]
-        self.config = parser.parse_args(_name_classes(args)) if isinstance(args, list) else parser.parse_object(args)
+        self.config = parser.parse_args(name_classes(args)) if isinstance(args, list) else parser.parse_object(args)
 
     # Building -------------------------------------------------------------------------------------------------------
 
     def before_instantiate_classes(self) -> None:
-        """Check that there is a checkpoint where nothing is trained.
+        """Find and read the checkpoint, before anything is built or written.
 
         Raises:
-            SystemExit: There is none.
+            SystemExit: There is none where nothing is trained.
+            FileNotFoundError: The file, or a run that has it, does not exist.
+            ValueError: The file is no checkpoint of this library.
         """
-        if self.subcommand != "fit" and self._get(self.config, "ckpt_path") is None:
+        config = self._get(self.config, "trainer")
+        path = self._get(self.config, "ckpt_path")
+        if path is None and self.subcommand != "fit":
             self._parser(self.subcommand).error("a trained model is needed: add --ckpt_path FILE")
+        if path in ("best", "last"):
+            path = str(find_checkpoint(Path(config.default_root_dir), path))
+            self.config[str(self.subcommand)]["ckpt_path"] = path
+        if path is not None:
+            checkpoint.read(path)
+        for class_path in class_paths([self._get(self.config, "model"), self._get(self.config, "backbone")]):
+            if "." in class_path:  # the user's own configuration may name any class
+                importlib.import_module(class_path.rpartition(".")[0])
 
     def instantiate_classes(self) -> None:
         """Build data, model and trainer; the model from the checkpoint where nothing is trained."""
@@ -157,22 +197,28 @@ class TransferCLI(LightningCLI):
         self.trainer = self.instantiate_trainer()
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """Add the loggers and callbacks that the user has not chosen."""
+        """Add the folder, loggers and callbacks that the user has not chosen."""
         config = self._get(self.config_init, "trainer")
         own: list[Callback] = config["callbacks"] or []
-        added: list[Callback] = [Plan(), Outcome()]
-        if self.subcommand == "predict":
-            added.append(PredictionWriter())
+        # Outcome and predictions speak up when the bar has been taken down, so they come after it.
+        added: list[Callback] = [Plan()]
         if config["enable_progress_bar"] is not False and not any(isinstance(c, ProgressBar) for c in own):
             added.append(Progress())
+        if self.subcommand == "predict":
+            added.append(PredictionWriter())
+        added.append(Outcome())
+        folder = None
+        if config["logger"] in (None, True, False) and not config["fast_dev_run"]:
+            folder = self._run_folder(Path(config["default_root_dir"]))
+            kwargs["default_root_dir"] = folder
+            if config["logger"] is not False:
+                kwargs["logger"] = default_loggers(folder)
         if self.subcommand != "fit":
             kwargs["enable_checkpointing"] = False
         elif config["enable_checkpointing"] is not False and not any(isinstance(c, ModelCheckpoint) for c in own):
-            added += best_and_last()
+            added += best_and_last(folder, self.model)
         if config["precision"] is None:
             kwargs["precision"] = default_precision(str(config["accelerator"]))
-        if config["logger"] in (None, True):
-            kwargs["logger"] = default_loggers(self._run_folder(Path(config["default_root_dir"])))
         return super().instantiate_trainer(callbacks=own + added, **kwargs)
 
     def _run_folder(self, root: Path) -> Path:
@@ -182,10 +228,19 @@ class TransferCLI(LightningCLI):
             folder = Path(resumed).resolve().parent.parent
             if (folder / "config.yaml").is_file():
                 return folder
-        taken = [int(path.name.removeprefix("version_")) for path in root.glob("version_*") if path.name[8:].isdigit()]
-        return root / f"version_{max(taken, default=-1) + 1}"
+        return claim_folder(root)
 
     # Running --------------------------------------------------------------------------------------------------------
+
+    def before_fit(self) -> None:
+        """Make sure that there is something to test on when training has ended, if that is asked for.
+
+        Raises:
+            ValueError: There are no test images.
+        """
+        if self._get(self.config, "test_after_fit") and isinstance(self.datamodule, ImageFolderDataModule):
+            self.datamodule.prepare_data()
+            self.datamodule.setup("test")
 
     def after_fit(self) -> None:
         """Test the best checkpoint, if asked for."""
@@ -197,18 +252,6 @@ class TransferCLI(LightningCLI):
 
 def _preprocessing_of(backbone: Backbone) -> Preprocessing:
     return backbone.preprocessing
-
-
-def _name_classes(args: list[str]) -> list[str]:
-    """Put the default classes before arguments that name none.
-
-    As defaults of the parser they would leave their own arguments behind in whatever class the user names.
-    """
-    if not args or args[0].startswith("-") or any(re.match(r"(-c|--config)(=|$)", arg) for arg in args):
-        return args
-    named = {arg.partition("=")[0].removesuffix(".class_path") for arg in args}
-    defaults = [*_DEFAULT_CLASSES.get(args[0], ()), *_DEFAULT_CLASSES["any"]]
-    return [args[0], *(arg for arg in defaults if arg.partition("=")[0].partition(".")[0] not in named), *args[1:]]
 
 
 def main(args: ArgsType = None) -> None:

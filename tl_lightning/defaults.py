@@ -1,26 +1,129 @@
-"""What a run has where its user has not chosen: checkpoints, precision, loggers."""
+"""What a run has where its user has not chosen: a folder, checkpoints, precision, loggers."""
 
-import itertools
+import csv
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from lightning.pytorch import Callback
+from jsonargparse import Namespace
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.cli import LightningArgumentParser, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from lightning.pytorch.utilities import rank_zero_only
+from torch import Tensor
+
+from tl_lightning.modules import TransferClassifier
 
 
-def best_and_last() -> list[Callback]:
-    """Build the checkpoint callbacks: ``best.ckpt`` by validation macro F1, ``last.ckpt`` after every epoch.
+def claim_folder(root: Path) -> Path:
+    """Make the folder ``version_N`` of a new run, which no other run has, and return its absolute path.
 
-    They are two, since Lightning's ``save_last`` saves only when the monitored score has improved.
+    Raises:
+        NotADirectoryError: The root is a file.
     """
-    return [
-        ModelCheckpoint(filename="best", monitor="val_f1", mode="max", enable_version_counter=False),
-        ModelCheckpoint(filename="last", enable_version_counter=False, save_on_train_epoch_end=True),
-    ]
+    if root.exists() and not root.is_dir():
+        raise NotADirectoryError(f"trainer.default_root_dir is {str(root)!r}, a file; give a folder for the runs")
+    while True:
+        taken = [int(path.name[8:]) for path in root.glob("version_*") if path.name[8:].isdigit()]
+        folder = root.absolute() / f"version_{max(taken, default=-1) + 1}"
+        if getattr(rank_zero_only, "rank", 0) != 0:
+            return folder  # only the first process writes
+        try:
+            folder.mkdir(parents=True)
+        except FileExistsError:
+            continue  # another run was faster
+        return folder
+
+
+def find_checkpoint(root: Path, name: Literal["best", "last"]) -> Path:
+    """Return the checkpoint of that name of the newest run that has one.
+
+    Raises:
+        FileNotFoundError: No run has one.
+    """
+    found = [file for file in root.glob(f"version_*/checkpoints/{name}.ckpt") if file.parts[-3][8:].isdigit()]
+    if not found:
+        raise FileNotFoundError(f"no run in {str(root.absolute())!r} has a {name}.ckpt; give the path of a checkpoint")
+    return max(found, key=lambda file: int(file.parts[-3][8:]))
+
+
+class RunCheckpoint(ModelCheckpoint):
+    """Keep one checkpoint in the folder of a run, and know it again where the folder was moved.
+
+    Args:
+        dirpath: Folder of the checkpoint; None leaves it to the logger.
+        filename: Its name, without ``.ckpt``.
+        monitor: The score on validation that it is the best of; None for the latest.
+        mode: Whether more of it is better, or less.
+    """
+
+    def __init__(
+        self, dirpath: Path | None, filename: str, monitor: str | None = None, mode: Literal["max", "min"] = "min"
+    ) -> None:
+        at_epoch_end = True if monitor is None else None
+        super().__init__(
+            dirpath, filename, monitor, mode=mode, enable_version_counter=False, save_on_train_epoch_end=at_epoch_end
+        )
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take up the best score."""
+        moved: dict[str, Any] = dict(state_dict)
+        if self.dirpath is not None:
+            for key in ("best_model_path", "kth_best_model_path", "last_model_path"):
+                moved[key] = self._here(moved[key])
+            moved["best_k_models"] = {self._here(path): score for path, score in moved["best_k_models"].items()}
+            moved["dirpath"] = self.dirpath
+        super().load_state_dict(moved)
+
+    def _here(self, path: str) -> str:
+        return str(Path(str(self.dirpath)) / Path(path).name) if path else path
+
+
+class BestCheckpoint(RunCheckpoint):
+    """Keep the best epoch: by a score, and where scores are equal, as they often are on few images, by the loss."""
+
+    _loss = float("inf")
+
+    def check_monitor_top_k(self, trainer: Trainer, current: Tensor | None = None) -> bool:
+        """Return whether this epoch is to be saved."""
+        better = super().check_monitor_top_k(trainer, current)
+        loss = float(trainer.callback_metrics.get("val_loss", float("inf")))
+        if not better and current is not None and self.best_model_score is not None:
+            tied = bool(current == self.best_model_score) and loss < self._loss
+            better = trainer.strategy.reduce_boolean_decision(tied)
+        if better:
+            self._loss = loss
+        return better
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the best score and what belongs to it."""
+        return super().state_dict() | {"loss": self._loss}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take up the best score, and its loss."""
+        super().load_state_dict(state_dict)
+        self._loss = state_dict["loss"]
+
+
+def best_and_last(folder: Path | None, classifier: TransferClassifier) -> list[Callback]:
+    """Build the checkpoint callbacks: ``best.ckpt`` by validation, ``last.ckpt`` after every epoch.
+
+    The best epoch is that of the highest macro F1, or of the lowest loss where a subclass measures no F1. They are two
+    callbacks, since Lightning's ``save_last`` saves only when the monitored score has improved.
+
+    Args:
+        folder: Of the run; None leaves it to the logger.
+        classifier: What is trained.
+    """
+    place = None if folder is None else folder / "checkpoints"
+    scored = "f1" in classifier.val_metrics  # by its name without "val_"
+    best = (
+        BestCheckpoint(place, "best", "val_f1", "max") if scored else BestCheckpoint(place, "best", "val_loss", "min")
+    )
+    return [best, RunCheckpoint(place, "last")]
 
 
 def default_precision(accelerator: str) -> str:
@@ -31,20 +134,67 @@ def default_precision(accelerator: str) -> str:
 
 
 def default_loggers(folder: Path) -> list[Logger]:
-    """Build a CSV logger, and one for TensorBoard where that is installed, that write to one folder.
-
-    The metrics of the run that is resumed there are kept as ``metrics-1.csv`` and so on; Lightning would delete them.
-    """
-    _set_aside(folder / "metrics.csv")
+    """Build a CSV logger, and one for TensorBoard where that is installed, that write to one folder."""
     place: dict[str, Any] = {"save_dir": folder.parent, "name": "", "version": folder.name}
-    loggers: list[Logger] = [CSVLogger(**place)]
+    loggers: list[Logger] = [MetricsTable(**place)]
     if find_spec("tensorboard") is not None:
         loggers.append(TensorBoardLogger(**place))
     return loggers
 
 
-@rank_zero_only
-def _set_aside(file: Path) -> None:
-    if file.is_file():
-        number = next(n for n in itertools.count(1) if not file.with_stem(f"{file.stem}-{n}").exists())
-        file.rename(file.with_stem(f"{file.stem}-{number}"))
+class MetricsTable(CSVLogger):
+    """Write ``metrics.csv``, and go on in that of the run that is resumed, which Lightning's logger would delete."""
+
+    _before: Path | None = None
+
+    @property
+    def experiment(self) -> ExperimentWriter:
+        """The writer of the table."""
+        if self._experiment is None and getattr(rank_zero_only, "rank", 0) == 0:
+            table = Path(self.log_dir) / "metrics.csv"
+            kept = table.with_name("metrics.csv.kept")
+            if table.is_file():
+                table.replace(kept)
+            made: ExperimentWriter = super().experiment
+            if kept.is_file():
+                kept.replace(table)
+                with table.open(newline="") as file:
+                    made.metrics_keys = list(csv.DictReader(file).fieldnames or [])
+                self._before = table
+            return made
+        there: ExperimentWriter = super().experiment
+        return there
+
+    @rank_zero_only
+    def log_metrics(self, metrics: dict[str, Tensor | float], step: int | None = None) -> None:  # type: ignore[override]
+        """Add a row; at first, drop what an interrupted run wrote after the checkpoint that is resumed."""
+        _ = self.experiment
+        if self._before is not None and step is not None:
+            with self._before.open(newline="") as file:
+                rows = [row for row in csv.DictReader(file) if int(row["step"]) < step]
+            part = self._before.with_name("metrics.csv.part")
+            with part.open("w", newline="") as file:
+                writer = csv.DictWriter(file, self.experiment.metrics_keys)
+                writer.writeheader()
+                writer.writerows(rows)
+            part.replace(self._before)
+            self._before = None
+        super().log_metrics(metrics, step)
+
+
+class SaveConfig(SaveConfigCallback):
+    """Save the configuration once the run is known to be one, and without the checkpoint that it may go on from."""
+
+    def __init__(self, parser: LightningArgumentParser, config: Namespace, *args: Any, **kwargs: Any) -> None:
+        config = config.clone()
+        config["ckpt_path"] = None
+        super().__init__(parser, config, *args, **kwargs)
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Save now where nothing is resumed."""
+        if stage != "fit":
+            super().setup(trainer, pl_module, stage)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save when model and data have accepted the checkpoint."""
+        super().setup(trainer, pl_module, "fit")

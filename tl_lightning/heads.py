@@ -6,6 +6,7 @@ from typing import Literal
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from typing_extensions import Self
 
 HeadCallable = Callable[[int, int], nn.Module]
 """Called with the number of features and of classes, returns the head."""
@@ -42,7 +43,17 @@ class Standardize(nn.Module):
         """Standardise the features; in train mode, add them to the statistics first."""
         if self.training:
             self._see(features.detach())
-        return (features - self.mean) * torch.rsqrt(self.variance + self.eps)
+        standard = (features - self.mean) * torch.rsqrt(self.variance + self.eps)
+        return standard.to(features.dtype)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Move the statistics with the module, but never to half precision, which cannot count beyond a few thousand."""
+        before = dict(self.named_buffers())
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch gives it no types
+        for name, buffer in self.named_buffers():
+            if buffer.dtype in (torch.float16, torch.bfloat16):
+                setattr(self, name, before[name].to(buffer.device))
+        return self
 
     @torch.no_grad()
     def _see(self, features: Tensor) -> None:

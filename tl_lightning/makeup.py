@@ -147,6 +147,11 @@ def known_class(path: str) -> type[nn.Module]:
             exist, or is no ``nn.Module``.
     """
     module_name, _, name = path.rpartition(".")
+    if module_name == "__main__" and not hasattr(sys.modules["__main__"], name):
+        raise ValueError(
+            f"the checkpoint names {name!r} of a script that was run by itself, which cannot be found again; put the class "
+            "into a module that the script imports, train with that, and import it before loading"
+        )
     if module_name not in sys.modules:
         if module_name.partition(".")[0] not in TRUSTED_PACKAGES:
             raise ValueError(

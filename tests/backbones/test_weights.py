@@ -116,7 +116,7 @@ def test_without_a_network_the_way_out_is_named(monkeypatch: pytest.MonkeyPatch,
 
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", refuse)
-    with pytest.raises(ConnectionError, match="pass weights=<path"):
+    with pytest.raises(ConnectionError, match="or use the backbone EfficientNetLite"):
         TorchvisionBackbone("resnet18")
 
 

@@ -1,3 +1,5 @@
+import os
+import shutil
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,8 @@ from tl_lightning.modules import LinearProbe
 
 
 def data(root: Path, **options: Any) -> ImageFolderDataModule:
-    return ImageFolderDataModule(str(root), num_workers=0, preprocessing=TINY, **options)
+    defaults: dict[str, Any] = {"num_workers": 0, "preprocessing": TINY}
+    return ImageFolderDataModule(str(root), **(defaults | options))
 
 
 def classes(module: ImageFolderDataModule, split: str) -> Counter[int]:
@@ -72,6 +75,14 @@ def test_validation_may_be_called_valid(tmp_path: Path) -> None:
         module.setup("test")
 
 
+def test_split_folders_in_capitals_are_splits_all_the_same(tmp_path: Path) -> None:
+    for split in ("Training", "Val", "TEST"):
+        image_folder(tmp_path / split, {"ant": 3, "bee": 3})
+    module = data(tmp_path)
+    assert module.class_names == ("ant", "bee")
+    assert {name: len(samples.files) for name, samples in module.splits.items()} == {"train": 6, "val": 6, "test": 6}
+
+
 def test_classes_may_be_called_like_splits(tmp_path: Path) -> None:
     assert data(image_folder(tmp_path, {"train": 5, "bus": 5})).class_names == ("bus", "train")
 
@@ -102,7 +113,7 @@ def fit(module: ImageFolderDataModule) -> None:
 
 def test_missing_root_names_what_is_there(photos: Path) -> None:
     with pytest.raises(
-        FileNotFoundError, match=r"photoz' does not exist; unknown folder 'photoz'; did you mean 'photos'"
+        FileNotFoundError, match=r"photoz' does not exist: unknown folder 'photoz'; did you mean 'photos'"
     ):
         fit(data(photos.parent / "photoz"))
     with pytest.raises(FileNotFoundError):
@@ -192,6 +203,7 @@ def test_missing_preprocessing(photos: Path) -> None:
         ({"val_fraction": 0.6, "test_fraction": 0.5}, "leave some images for training"),
         ({"test_fraction": 1.1}, "test_fraction 1.1"),
         ({"val_fraction": 0.0}, "val_fraction is 0.0"),
+        ({"num_workers": -1}, "num_workers is -1"),
         ({"background": (0, 0, 256)}, "go from 0 to 255"),
     ],
 )
@@ -208,12 +220,21 @@ def test_no_path_leads_out_of_the_folder(tmp_path: Path) -> None:
         fit(data(root))
     (root / "ant" / "link.png").unlink()
     (root / "wasp").symlink_to(tmp_path / "secret")
-    with pytest.raises(ValueError, match="wasp' leads out of the data folder"):
+    with pytest.raises(ValueError, match="wasp' is a link to a folder"):
         fit(data(root))
     (root / "wasp").unlink()
     (root / "ant" / "more").symlink_to(tmp_path / "secret")
     with pytest.raises(ValueError, match="is a link to a folder"):
         fit(data(root))
+
+
+def test_link_to_nowhere_is_found_before_training(tmp_path: Path) -> None:
+    root = image_folder(tmp_path, {"ant": 3, "bee": 3})
+    for target in ("gone.png", "link.png"):
+        (root / "ant" / "link.png").symlink_to(root / "ant" / target)
+        with pytest.raises(ValueError, match=r"link\.png' leads nowhere"):
+            fit(data(root))
+        (root / "ant" / "link.png").unlink()
 
 
 def test_link_inside_the_folder_is_an_image(tmp_path: Path) -> None:
@@ -280,6 +301,22 @@ def test_testing_on_images_trained_on_is_refused(photos: Path, tmp_path: Path) -
         run_test(checkpoint, data(photos, seed=2))
     with pytest.raises(ValueError, match="the shares of the splits, have changed"):
         run_test(checkpoint, data(photos, seed=1, test_fraction=0.4))
+
+
+def test_copy_of_the_folder_is_known(photos: Path, tmp_path: Path) -> None:
+    checkpoint = trained(photos, tmp_path, seed=1)
+    shutil.copytree(photos, tmp_path / "copy")
+    run_test(checkpoint, data(tmp_path / "copy", seed=1))
+    with pytest.raises(ValueError, match="would count as unseen"):
+        run_test(checkpoint, data(tmp_path / "copy", seed=2))
+
+
+def test_names_that_are_no_text_do_not_stop_a_run(tmp_path: Path) -> None:
+    root = image_folder(tmp_path / "photos", {"ant": 6, "bee": 6, "cat": 6})
+    for name in ("ant", "bee", "cat"):
+        for image in (root / name).iterdir():
+            image.rename(os.fsdecode(os.fsencode(image)[:-4] + b"\xff.png"))
+    trained(root, tmp_path, seed=1)
 
 
 def test_testing_on_another_folder_is_allowed(photos: Path, tmp_path: Path) -> None:

@@ -59,7 +59,8 @@ def test_state_counts_what_was_handed_out(workers: int, left_after: int) -> None
     for _ in range(left_after):
         next(iterator)
     state = left.state_dict()
-    assert left_after == 0 or state == {"epoch": 2, "batches": left_after}
+    order = {"seed": 5, "batch_size": 4, "processes": 1, "images": 23}
+    assert left_after == 0 or state == {"epoch": 2, "batches": left_after, "of": 6} | order
     taken_up = loader(workers)
     taken_up.load_state_dict(state)
     resumed = iter(taken_up)  # Lightning makes the iterator before it says which epoch it is
@@ -72,20 +73,29 @@ def test_state_counts_what_was_handed_out(workers: int, left_after: int) -> None
 
 def test_state_survives_being_loaded_and_saved_at_once() -> None:
     each = loader()
-    each.load_state_dict({"epoch": 3, "batches": 2})
-    assert each.state_dict() == {"epoch": 3, "batches": 2}
+    state = {"epoch": 3, "batches": 2, "of": 6, "seed": 5, "batch_size": 4, "processes": 1, "images": 23}
+    each.load_state_dict(state)
+    assert each.state_dict() == state
+
+
+@pytest.mark.parametrize(("name", "was"), [("batch_size", 8), ("seed", 6), ("processes", 2), ("images", 24)])
+def test_rest_of_an_epoch_in_another_order_is_refused(name: str, was: int) -> None:
+    state = loader().state_dict() | {"epoch": 3, "batches": 2, name: was}
+    with pytest.raises(ValueError, match=rf"within epoch 3.*{name} was {was} and is .*end of an epoch"):
+        loader().load_state_dict(state)
+    loader().load_state_dict(state | {"batches": 6})
 
 
 def test_place_is_taken_up_once() -> None:
     each = loader()
-    each.load_state_dict({"epoch": 3, "batches": 2})
+    each.load_state_dict(each.state_dict() | {"epoch": 3, "batches": 2})
     assert len(values(iter(each))) == len(each) - 2
     assert len(values(iter(each))) == len(each)
 
 
 def test_state_of_a_finished_epoch_does_not_shorten_the_next() -> None:
     each = loader()
-    each.load_state_dict({"epoch": 0, "batches": 6})
+    each.load_state_dict(each.state_dict() | {"epoch": 0, "batches": 6})
     each.sampler.set_epoch(1)
     assert len(values(iter(each))) == len(each)
 

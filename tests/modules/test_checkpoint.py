@@ -196,6 +196,52 @@ def test_other_files(tmp_path: Path, checkpoint: Path) -> None:
         DropoutProbe.load_from_checkpoint(checkpoint)
 
 
+def test_damaged_files_are_called_so(checkpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty.ckpt").touch()
+    with pytest.raises(ValueError, match=r"empty\.ckpt' cannot be read safely \(EOFError.*damaged, cut short"):
+        LinearProbe.load_from_checkpoint(tmp_path / "empty.ckpt")
+    whole = checkpoint.read_bytes()
+    (tmp_path / "half.ckpt").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match=r"half\.ckpt' cannot be read safely"):
+        LinearProbe.load_from_checkpoint(tmp_path / "half.ckpt")
+    for edit, message in (
+        (lambda c: c["tl_lightning"].pop("hashes"), "damaged: it lacks hashes"),
+        (lambda c: c.pop("state_dict"), "damaged: it lacks its weights"),
+        (
+            lambda c: c["tl_lightning"]["model"]["init_args"].update(num_classes=5),
+            "does not fit the code or its weights",
+        ),
+        (lambda c: c["tl_lightning"]["model"]["init_args"].update(colour=1), "does not fit the code or its weights"),
+        (lambda c: c["tl_lightning"].update(class_names=["a", "b", "c"]), "3 names for 2 classes"),
+    ):
+        checkpoint.write_bytes(whole)
+        with pytest.raises(ValueError, match=message):
+            LinearProbe.load_from_checkpoint(edited(checkpoint, edit))
+
+
+def test_class_of_a_script_is_explained(checkpoint: Path) -> None:
+    def edit(content: dict[str, Any]) -> None:
+        content["tl_lightning"]["model"]["class_path"] = "__main__.MyProbe"
+
+    with pytest.raises(ValueError, match=r"'MyProbe' of a script that was run by itself.*put the class into a module"):
+        LinearProbe.load_from_checkpoint(edited(checkpoint, edit))
+
+
+@pytest.mark.parametrize("precision", ["64-true", "bf16-true"])
+def test_other_precisions_load(precision: Any, photos: Path, tmp_path: Path) -> None:
+    backbone = TinyBackbone()
+    data = ImageFolderDataModule(str(photos), num_workers=0, preprocessing=backbone.preprocessing)
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_checkpointing": False}
+    trainer = pl.Trainer(max_epochs=1, precision=precision, **quiet)  # type: ignore[arg-type]  # all are bool
+    model = LinearProbe(backbone, num_classes=3)
+    trainer.fit(model, data)
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    again = LinearProbe.load_from_checkpoint(tmp_path / "a.ckpt")
+    images = torch.randn(4, 3, 16, 16)
+    with torch.no_grad():
+        assert torch.allclose(again(images), model.float().eval()(images), atol=1e-5)
+
+
 def test_lightning_restores_it_safely(photos: Path, checkpoint: Path, tmp_path: Path) -> None:
     backbone = TinyBackbone()
     root = image_folder(tmp_path / "two", {"a": 9, "b": 9})

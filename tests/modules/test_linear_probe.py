@@ -266,3 +266,38 @@ def test_probe_is_a_transfer_classifier_with_one_head_of_its_own() -> None:
     assert issubclass(LinearProbe, TransferClassifier)
     one, same, other = (fingerprint(TinyBackbone(seed).state_dict()) for seed in (0, 0, 1))
     assert one == same != other
+
+
+def test_validation_before_and_between_fits(photos: Path, tmp_path: Path) -> None:
+    model = LinearProbe(TinyBackbone(), num_classes=3)
+    module = data(photos, model.backbone)
+    for _ in range(2):
+        trainer(tmp_path).validate(model, module, verbose=False)
+        trainer(tmp_path, max_epochs=1).fit(model, module)
+
+
+def test_data_prepared_for_another_backbone(photos: Path, tmp_path: Path) -> None:
+    model = LinearProbe(TinyBackbone(), num_classes=3)
+    other = model.backbone.preprocessing._replace(mean=(0.0, 0.0, 0.0))
+    with pytest.raises(
+        ValueError, match=r"the data are prepared by Preprocessing.*pass preprocessing=backbone\.preproc"
+    ):
+        trainer(tmp_path).fit(model, data(photos, model.backbone, preprocessing=other))
+
+
+def test_backbone_that_was_replaced_is_found_before_training(photos: Path, tmp_path: Path) -> None:
+    model = LinearProbe(TinyBackbone(), num_classes=3)
+    model.backbone = torch.compile(model.backbone)  # type: ignore[assignment]  # what a user would do
+    with pytest.raises(ValueError, match=r"not the one that it was made with.*torch\.compile\(classifier\)"):
+        trainer(tmp_path).fit(model, data(photos, TinyBackbone()))
+
+
+def test_rate_changed_on_resume_is_not_passed_over_in_silence(photos: Path, tmp_path: Path) -> None:
+    model = LinearProbe(TinyBackbone(), num_classes=3, lr=0.01)
+    module = data(photos, model.backbone)
+    run = trainer(tmp_path, max_epochs=1)
+    run.fit(model, module)
+    run.save_checkpoint(tmp_path / "a.ckpt")
+    other = LinearProbe(TinyBackbone(), num_classes=3, lr=0.5)
+    with pytest.warns(UserWarning, match=r"learning rate of head is 0\.5 now, and the run that is resumed had 0\.01"):
+        trainer(tmp_path).fit(other, module, ckpt_path=tmp_path / "a.ckpt", weights_only=True)

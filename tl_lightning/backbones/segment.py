@@ -56,11 +56,6 @@ class Segment(nn.Module):
             code = (_compile(graphs[0]), _compile(graphs[1]))
             self._pieces.append(_Piece(name, model, code, tuple(model.get_submodule(target) for target in called)))
 
-    @property
-    def stages(self) -> Iterator[tuple[str, Callable[[Tensor], Tensor]]]:
-        """The stages by name, in order; each takes what the one before made."""
-        return ((piece.name, piece) for piece in self._pieces)
-
     def _list(self, model: nn.Module, target: str) -> None:
         here: nn.Module = self
         there = model
@@ -83,6 +78,14 @@ class Segment(nn.Module):
         for piece in self._pieces:
             inputs = piece(inputs)
         return inputs
+
+
+def stages_of(segment: Segment) -> Iterator[tuple[str, Callable[[Tensor], Tensor]]]:
+    """Return the stages of a segment by name, in order; each takes what the one before made.
+
+    This is no method, since a segment's attributes are the network's own modules, whatever these are called.
+    """
+    return ((piece.name, piece) for piece in segment._pieces)
 
 
 def _subgraph(nodes: Sequence[fx.Node], begin: int, end: int) -> fx.Graph:

@@ -113,6 +113,7 @@ def with_download(build: Callable[[], _M], *, name: str, weights: str) -> _M:
     except (URLError, OSError) as error:
         raise ConnectionError(
             f"the weights {weights!r} of {name} are neither in the cache nor could they be downloaded ({error}). Without a "
-            f"network: download them elsewhere and pass weights=<path of the .pth or .safetensors file>, or pass "
-            "weights=None for random weights"
+            "network: download them elsewhere and give the .pth or .safetensors file as weights (on the command line "
+            "--backbone.weights FILE), or use the backbone EfficientNetLite (--backbone EfficientNetLite), whose weights come "
+            "with a package"
         ) from error

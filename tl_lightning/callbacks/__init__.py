@@ -1,7 +1,8 @@
 """Callbacks: what happens beside training."""
 
 from tl_lightning.callbacks.averaging import EMA
-from tl_lightning.callbacks.plan import Outcome, Plan
+from tl_lightning.callbacks.outcome import Outcome
+from tl_lightning.callbacks.plan import Plan
 from tl_lightning.callbacks.predictions import PredictionWriter
 from tl_lightning.callbacks.probe_fallback import ProbeFallback
 from tl_lightning.callbacks.progress import Progress

@@ -1,15 +1,12 @@
-"""Say before training what is going to happen, and after it what came out and where it lies."""
+"""Say before training what is going to happen."""
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_only
-from rich.console import Console
-from rich.table import Table
 
+from tl_lightning.callbacks.staged_unfreezing import StagedUnfreezing
+from tl_lightning.callbacks.table import print_table
 from tl_lightning.data import ImageFolderDataModule
-from tl_lightning.freezing import Stage
 from tl_lightning.modules import TransferClassifier
 
 _NAMES_SHOWN = 12
@@ -18,57 +15,17 @@ _NAMES_SHOWN = 12
 class Plan(Callback):
     """Print a short plan when a fit starts: data, what is frozen, what is trained at which rates, where outputs go."""
 
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Print the plan."""
         folder = trainer.log_dir  # asks all ranks
         if trainer.is_global_zero and isinstance(pl_module, TransferClassifier):
-            _print("plan", describe_plan(trainer, pl_module) | {"outputs": str(folder)})
-
-
-class Outcome(Callback):
-    """Print the scores after a validation or test, and where the files of a fit lie."""
-
-    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Print where the files lie, and the best score."""
-        folder = trainer.log_dir
-        best = trainer.checkpoint_callback
-        rows = {}
-        score = getattr(best, "best_model_score", None)
-        if score is not None:
-            rows[f"best {getattr(best, 'monitor', '')}"] = f"{float(score):.4f}"
-            rows["best model"] = str(getattr(best, "best_model_path", ""))
-        _print("trained", rows | {"outputs": str(folder)})
-
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Print the scores of a validation that is no part of a fit."""
-        if trainer.state.fn == "validate":
-            _print_scores(trainer, "validated", "val")
-
-    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Print the scores of the test."""
-        _print_scores(trainer, "tested", "test")
-
-
-def _print_scores(trainer: Trainer, title: str, split: str) -> None:
-    rows = {}
-    data = getattr(trainer, "datamodule", None)
-    if isinstance(data, ImageFolderDataModule):
-        rows["images"] = f"{len(data.splits[split].files):,}"
-    for name, value in trainer.callback_metrics.items():
-        if name.startswith(f"{split}_"):
-            kind = name.removeprefix(f"{split}_")
-            rows[f"{_WORDS[split]} {_WORDS.get(kind, kind)}"] = f"{float(value):.4f}"
-    _print(title, rows | {"outputs": str(trainer.log_dir)})
-
-
-_WORDS = {"val": "validation", "test": "test", "f1": "macro F1"}
+            print_table("plan", describe_plan(trainer, pl_module) | {"outputs": str(folder)})
 
 
 def describe_plan(trainer: Trainer, classifier: TransferClassifier) -> dict[str, str]:
     """Describe a fit that is about to start, a few words a row."""
-    rows = {
-        "model": f"{type(classifier).__name__} on {getattr(classifier.backbone, 'name', type(classifier.backbone).__name__)}"
-    }
+    backbone = classifier.backbone
+    rows = {"model": f"{type(classifier).__name__} on {getattr(backbone, 'name', type(backbone).__name__)}"}
     if classifier.class_names is not None:
         names = list(classifier.class_names)
         more = f", and {len(names) - _NAMES_SHOWN} more" if len(names) > _NAMES_SHOWN else ""
@@ -76,38 +33,52 @@ def describe_plan(trainer: Trainer, classifier: TransferClassifier) -> dict[str,
     data = getattr(trainer, "datamodule", None)
     if isinstance(data, ImageFolderDataModule):
         rows["images"] = ", ".join(f"{len(samples.files):,} {split}" for split, samples in data.splits.items())
-    staging = classifier.staging
-    frozen = [stage for name, stage in staging.stages.items() if name not in staging.trained]
-    if frozen:
-        rows["frozen"] = f"{_span([s.name for s in frozen])}: {_size(classifier, frozen)} parameters, in eval mode"
-    trained = [stage for name, stage in staging.stages.items() if name in staging.trained]
-    head = sum(p.numel() for name, p in classifier.named_parameters() if not name.startswith("backbone."))
-    rows["trained"] = f"head: {head:,} parameters"
-    if trained:
-        rows["trained"] += f"; {_span([s.name for s in trained])}: {_size(classifier, trained)} parameters"
+    rows |= _stages(trainer, classifier)
     for optimizer in trainer.optimizers:
-        rates = {group.get("name", "?"): group.get("initial_lr", group["lr"]) for group in optimizer.param_groups}
-        rows["learning rates"] = f"{type(optimizer).__name__}: " + ", ".join(f"{n} {lr:g}" for n, lr in rates.items())
+        rates = {group["name"]: group.get("initial_lr", group["lr"]) for group in optimizer.param_groups}
+        shown = ", ".join(f"{name} {lr:g}" for name, lr in rates.items() if not name.endswith("_no_decay"))
+        rows["learning rates"] = f"{type(optimizer).__name__}: {shown}"
     steps = trainer.estimated_stepping_batches
-    rows["length"] = f"{trainer.max_epochs} epochs, {steps} steps"
+    begun = f"from epoch {trainer.current_epoch} of " if trainer.current_epoch else ""
+    rows["length"] = f"{begun}{_count(trainer.max_epochs or 0, 'epoch')}, {_count(int(steps), 'step')}"
     processes = f"{trainer.world_size} processes on " if trainer.world_size > 1 else ""
     rows["device"] = f"{processes}{trainer.strategy.root_device.type}, precision {trainer.precision}"
     return rows
+
+
+def _stages(trainer: Trainer, classifier: TransferClassifier) -> dict[str, str]:
+    """Say what is frozen and what is trained: in all epochs, or from which epoch on."""
+    staging = classifier.staging
+    head = sum(p.numel() for name, p in classifier.named_parameters() if not name.startswith("backbone."))
+
+    def describe(names: Iterable[str]) -> str:
+        chosen = [name for name in staging.stages if name in set(names)]
+        if not chosen:
+            return f"head: {head:,} parameters"
+        return f"head: {head:,} parameters; {_span(chosen)}: {_size(classifier, chosen)}"
+
+    staged = [c for c in trainer.callbacks if isinstance(c, StagedUnfreezing)]  # type: ignore[attr-defined]  # Lightning's own list
+    frozen = [name for name in staging.stages if name not in (staging.trainable if staged else staging.trained)]
+    rows = {}
+    if frozen:
+        rows["frozen"] = f"{_span(frozen)}: {_size(classifier, frozen)} parameters, in eval mode"
+    if not staged:
+        return rows | {"trained": describe(staging.trained)}
+    schedule = {0: "head"} | staged[0].schedule
+    for epoch, stage in schedule.items():
+        late = " (never: the run is shorter)" if epoch >= (trainer.max_epochs or epoch + 1) > 0 else ""
+        rows[f"from epoch {epoch}"] = describe(classifier.stages_from(stage)) + late
+    return rows
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
 
 
 def _span(names: Sequence[str]) -> str:
     return names[0] if len(names) == 1 else f"{names[0]} to {names[-1]}"
 
 
-def _size(classifier: TransferClassifier, stages: Sequence[Stage]) -> str:
-    return f"{sum(classifier.backbone.get_parameter(name).numel() for stage in stages for name in stage.parameters):,}"
-
-
-@rank_zero_only
-def _print(title: str, rows: dict[str, Any]) -> None:
-    table = Table(title=title, title_justify="left", show_header=False, box=None, padding=(0, 2, 0, 2))
-    table.add_column(style="cyan", no_wrap=True)
-    table.add_column(overflow="fold")
-    for name, value in rows.items():
-        table.add_row(name, str(value))
-    Console().print(table)
+def _size(classifier: TransferClassifier, names: Sequence[str]) -> str:
+    parameters = [name for stage in names for name in classifier.staging.stages[stage].parameters]
+    return f"{sum(classifier.backbone.get_parameter(name).numel() for name in parameters):,}"

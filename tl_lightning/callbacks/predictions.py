@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import IO, Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from tl_lightning.batch import PADDING, Batch, NamesFiles
+from tl_lightning.callbacks.table import print_table
 from tl_lightning.modules import TransferClassifier
 
 
@@ -36,7 +36,9 @@ class PredictionWriter(Callback):
         self._rows = 0
         if trainer.is_global_zero:
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = self._path.with_suffix(".csv.part").open("w", newline="", encoding="utf-8")
+            self._file = self._path.with_suffix(".csv.part").open(
+                "w", newline="", encoding="utf-8", errors="surrogateescape"
+            )
             names = pl_module.class_names or [f"class {number}" for number in range(pl_module.num_classes)]
             csv.writer(self._file).writerow(["path", "class_name", "probability", *names])
 
@@ -70,7 +72,11 @@ class PredictionWriter(Callback):
             self._file.close()
             self._file = None
             self._path.with_suffix(".csv.part").replace(self._path)
-            rank_zero_info(f"{self._rows:,} predictions in {self._path}")
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Say where the file is, when the progress bar is gone."""
+        if stage == "predict" and self._rows:
+            print_table("predicted", {"images": f"{self._rows:,}", "predictions": str(self._path)})
 
 
 def _all_rows(trainer: Trainer, rows: Tensor) -> Tensor:

@@ -12,7 +12,12 @@ from tl_lightning.images import SUFFIXES
 from tl_lightning.messages import unknown
 
 TRAIN = "train"
-SPLIT_FOLDERS = {"train": ("train",), "val": ("val", "valid", "validation"), "test": ("test",)}
+SPLIT_FOLDERS = {
+    "train": ("train", "training"),
+    "val": ("val", "valid", "validation"),
+    "test": ("test", "testing"),
+}
+"""What the folder of a split may be called, in lower or upper case."""
 
 
 class Samples(NamedTuple):
@@ -42,16 +47,15 @@ def find_images(root: Path, folder: Path) -> Iterator[str]:
     for path, folders, files in os.walk(_inside(root, folder)):
         folders[:] = sorted(name for name in folders if not is_hidden(name))
         for name in folders:
-            if Path(path, name).is_symlink():
-                raise ValueError(
-                    f"{str(Path(path, name))!r} is a link to a folder, which is not followed; put the folder itself there"
-                )
+            _no_link(Path(path, name))
         for name in sorted(files):
             if not is_hidden(name) and Path(name).suffix.lower() in SUFFIXES:
                 yield _inside(root, Path(path, name)).relative_to(root).as_posix()
 
 
 def _inside(root: Path, entry: Path) -> Path:
+    if entry.is_symlink() and not entry.exists():
+        raise ValueError(f"the link {str(entry)!r} leads nowhere; remove it, or put back what it pointed to")
     if entry.is_symlink() and not entry.resolve().is_relative_to(root.resolve()):
         raise ValueError(
             f"the link {str(entry)!r} leads out of the data folder, to {str(entry.resolve())!r}; put what it points to into "
@@ -75,7 +79,7 @@ def check_root(root: Path) -> Path:
     if not root.exists():
         near = root.parent if root.parent.is_dir() else Path.cwd()
         choice = unknown("folder", root.name, _folders(near), of=repr(str(near)))
-        raise FileNotFoundError(f"the data folder {str(root)!r} does not exist; {choice}")
+        raise FileNotFoundError(f"the data folder {str(root)!r} does not exist: {choice}")
     if not root.is_dir():
         raise NotADirectoryError(f"{str(root)!r} is a file; give the folder that holds the images")
     return root
@@ -89,7 +93,7 @@ def split_folders(root: Path) -> dict[str, Path]:
     """
     found: dict[str, Path] = {}
     for split, names in SPLIT_FOLDERS.items():
-        here = [name for name in names if (root / name).is_dir()]
+        here = [name for name in _folders(root) if name.lower() in names]
         if len(here) > 1:
             raise ValueError(f"{str(root)!r} holds {' and '.join(here)}, which all mean the split {split!r}; keep one")
         if here:
@@ -101,7 +105,14 @@ def split_folders(root: Path) -> dict[str, Path]:
 
 
 def _folders(folder: Path) -> list[str]:
-    return sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not is_hidden(entry.name))
+    found = sorted((entry for entry in folder.iterdir() if not is_hidden(entry.name)), key=lambda entry: entry.name)
+    return [_no_link(entry).name for entry in found if entry.is_dir()]
+
+
+def _no_link(folder: Path) -> Path:
+    if folder.is_symlink():
+        raise ValueError(f"{str(folder)!r} is a link to a folder, which is not followed; put the folder itself there")
+    return folder
 
 
 def class_folders(folder: Path) -> list[str]:
@@ -152,7 +163,9 @@ def find_samples(root: Path, folder: Path, class_names: Sequence[str], *, comple
         files += images
         targets += [target] * len(images)
     if not files:
-        raise ValueError(f"{str(folder)!r} holds no images ({', '.join(sorted(SUFFIXES))})")
+        raise ValueError(
+            f"{str(folder)!r} holds no images in folders named after classes ({', '.join(sorted(SUFFIXES))})"
+        )
     return Samples(files, targets)
 
 

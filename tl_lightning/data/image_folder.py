@@ -59,6 +59,10 @@ class ImageFolderDataModule(LightningDataModule):
         preprocessing: Preprocessing | None = None,
     ) -> None:
         super().__init__()
+        if not root:
+            raise ValueError("root is empty; give the folder that holds the images")
+        if num_workers is not None and num_workers < 0:
+            raise ValueError(f"num_workers is {num_workers}; it is a number of processes, or 0 to load in this one")
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
         if test_fraction != 1 and not (0 < val_fraction < 1 and 0 <= test_fraction < 1 - val_fraction):
@@ -131,6 +135,15 @@ class ImageFolderDataModule(LightningDataModule):
         if not found["val"].files:
             raise ValueError(f"{str(root)!r} holds one image per class, which leaves none for validation; add images")
         return found
+
+    @property
+    def num_images(self) -> int:
+        """Number of labelled images, of all splits."""
+        return sum(len(samples.files) for samples in self.splits.values())
+
+    def is_drawn(self, split: str) -> bool:
+        """Return whether a split was drawn from the seed, rather than given by a folder or as all images."""
+        return split not in folders.split_folders(self.root) and len(self.splits) > 1
 
     @functools.cached_property
     def predict_files(self) -> list[str]:
@@ -220,8 +233,7 @@ class ImageFolderDataModule(LightningDataModule):
     # ----------------------------------------------------------------------------------------------------------------
 
     def _provenance(self) -> Provenance:
-        trained = self.splits.get(folders.TRAIN)
-        return describe_training_images(self.root, trained.files if trained else [], self.seed)
+        return describe_training_images(self.root, self.splits, self.seed)
 
     def _known_preprocessing(self) -> Preprocessing:
         if self.preprocessing is None:

@@ -117,11 +117,25 @@ class EpochLoader:
         self._loader._iterator = None
 
     def state_dict(self) -> dict[str, int]:
-        """Return the epoch and how many of its batches were handed out."""
-        return {"epoch": self.sampler.epoch, "batches": self._consumed}
+        """Return the epoch, how many of its batches were handed out, and what the order of the rest depends on."""
+        return {"epoch": self.sampler.epoch, "batches": self._consumed, "of": len(self)} | self.sampler.order
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go on after the batches of a saved state, if its epoch comes next."""
+        """Go on after the batches of a saved state, if its epoch comes next.
+
+        Raises:
+            ValueError: The state lies within an epoch, whose rest would be other batches now.
+        """
+        changed = [
+            f"{name} was {state[name]} and is {now}"
+            for name, now in self.sampler.order.items()
+            if state.get(name, now) != now
+        ]
+        if changed and 0 < state["batches"] < state.get("of", len(self)):
+            raise ValueError(
+                f"the checkpoint was written within epoch {state['epoch']}, and the rest of that epoch would be other batches "
+                f"now: {'; '.join(changed)}. Resume with what it was, or from a checkpoint at the end of an epoch"
+            )
         self._resume_at = (state["epoch"], state["batches"])
         self._consumed = state["batches"]
         self.sampler.set_epoch(state["epoch"])

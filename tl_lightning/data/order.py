@@ -52,6 +52,16 @@ class EpochBatches:
             sizes[-2:] = [batch_size + 1]
         self._sizes = sizes
 
+    @property
+    def order(self) -> dict[str, int]:
+        """What the batches of an epoch depend on, beside the epoch."""
+        return {
+            "seed": self.seed,
+            "batch_size": self.batch_size,
+            "processes": self.world_size,
+            "images": self.length,
+        }
+
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch whose order comes next; Lightning calls this before each epoch."""
         self.epoch = epoch

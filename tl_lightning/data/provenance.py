@@ -1,17 +1,18 @@
 """Which images a checkpoint was trained on, so that they are not taken for unseen ones."""
 
 import hashlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TypedDict
 
-from tl_lightning.data.folder import split_folders
+from tl_lightning.data.folder import TRAIN, Samples, split_folders
 
 
 class Provenance(TypedDict):
     """What identifies the training images of a run."""
 
-    root: str
-    """Hash of the folder's path."""
+    images: str
+    """Hash of the paths of all labelled images, within the folder."""
     train: str
     """Hash of the paths of the training images within it."""
     seed: int
@@ -20,10 +21,12 @@ class Provenance(TypedDict):
     """Whether the split was drawn, rather than given by folders."""
 
 
-def describe_training_images(root: Path, files: list[str], seed: int) -> Provenance:
-    """Describe the training images of a folder."""
-    hashes = [hashlib.sha256(text.encode()).hexdigest() for text in (str(root.resolve()), "\n".join(files))]
-    return {"root": hashes[0], "train": hashes[1], "seed": seed, "drawn": not split_folders(root)}
+def describe_training_images(root: Path, splits: Mapping[str, Samples], seed: int) -> Provenance:
+    """Describe the training images of a folder; copies of the folder are the same."""
+    train = splits[TRAIN].files if TRAIN in splits else []
+    every = sorted(file for samples in splits.values() for file in samples.files)
+    hashes = [hashlib.sha256("\n".join(files).encode(errors="surrogateescape")).hexdigest() for files in (every, train)]
+    return {"images": hashes[0], "train": hashes[1], "seed": seed, "drawn": not split_folders(root)}
 
 
 def check_training_images(then: Provenance, now: Provenance, root: Path, *, fitting: bool) -> None:
@@ -38,7 +41,7 @@ def check_training_images(then: Provenance, now: Provenance, root: Path, *, fitt
     Raises:
         ValueError: The images differ.
     """
-    if now["train"] == then["train"] or not (fitting or (then["drawn"] and now["root"] == then["root"])):
+    if now["train"] == then["train"] or not (fitting or (then["drawn"] and now["images"] == then["images"])):
         return
     if now["seed"] != then["seed"]:
         why = f"the split was drawn from seed {then['seed']} then and from {now['seed']} now; give that seed"

@@ -1,5 +1,6 @@
 """What all strategies share."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -7,6 +8,7 @@ from typing import Any, Literal
 import torch
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.types import LRSchedulerConfigType, OptimizerLRScheduler
 from torch import Tensor, nn
 from torchmetrics import MetricCollection
@@ -15,7 +17,7 @@ from typing_extensions import Self
 
 from tl_lightning import optim
 from tl_lightning.backbones import Backbone
-from tl_lightning.batch import PADDING, Batch, NamesClasses
+from tl_lightning.batch import PADDING, Batch, NamesClasses, Preprocesses
 from tl_lightning.chance import run_seed, seed_torch
 from tl_lightning.freezing import HEAD, Staging, as_frozen
 from tl_lightning.heads import LinearHead
@@ -24,6 +26,7 @@ from tl_lightning.memory import keep_freed_memory
 from tl_lightning.modules import checkpoint as checkpoints
 from tl_lightning.modules.frozen_guard import FrozenGuard
 from tl_lightning.modules.metrics import MeanLoss
+from tl_lightning.modules.plateau import NEVER, StepOnPlateau
 from tl_lightning.modules.step_boundary import StepBoundary, finish_epoch
 
 
@@ -68,6 +71,7 @@ class TransferClassifier(Recorded, LightningModule):
         self.scheduler_interval = scheduler_interval
         self.left_out: tuple[str, ...] = ()  # of a checkpoint: arguments that it could not bring back
         self._boundary = StepBoundary()
+        self._rates: list[float] = []
         self._check_names(self.class_names)
         checkpoints.check(self)  # now, not when the first checkpoint is due
 
@@ -177,11 +181,19 @@ class TransferClassifier(Recorded, LightningModule):
         """Take the names of the classes from the data module, or check them against it.
 
         Raises:
-            ValueError: The data have other classes.
+            ValueError: The data have other classes, or are prepared for another backbone; or no checkpoint could bring this
+                classifier back.
         """
         if self.trainer.strategy.root_device.type == "cpu":
             keep_freed_memory()
+        if stage == "fit":
+            checkpoints.check(self)  # again: parts may have been replaced since
         data = getattr(self.trainer, "datamodule", None)
+        if isinstance(data, Preprocesses) and data.preprocessing not in (None, self.backbone.preprocessing):
+            raise ValueError(
+                f"the data are prepared by {data.preprocessing}, and the backbone wants {self.backbone.preprocessing}; pass "
+                "preprocessing=backbone.preprocessing to the data, after setting backbone.preprocessing if it shall be another"
+            )
         if stage == "predict" or not isinstance(data, NamesClasses):
             return
         names = tuple(data.class_names)
@@ -201,8 +213,19 @@ class TransferClassifier(Recorded, LightningModule):
             )
 
     def configure_callbacks(self) -> list[Callback]:
-        """Guard what is frozen, in every run."""
-        return [FrozenGuard()]
+        """Guard what is frozen, in every run, and step a schedule that waits for a plateau."""
+        return [FrozenGuard(), StepOnPlateau()]
+
+    def on_train_start(self) -> None:
+        """Say so where a resumed run goes on with the learning rates that it had, not with those given now."""
+        for group, given in zip(self.trainer.optimizers[0].param_groups, self._rates, strict=False):
+            had = group.get("initial_lr", given)
+            if not math.isclose(had, given, rel_tol=1e-6):
+                rank_zero_warn(
+                    f"the learning rate of {group.get('name')} is {given:g} now, and the run that is resumed had {had:g}, with which it "
+                    "goes on; for another rate, start a new run"
+                )
+                return
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Draw dropout from the place in the run, so that a resumed run draws as an uninterrupted one."""
@@ -262,12 +285,15 @@ class TransferClassifier(Recorded, LightningModule):
         optimizer = optim.build_optimizer(self.parameter_groups(), self.optimizer)
         steps = self.trainer.estimated_stepping_batches if self.scheduler is None else None
         schedule = optim.build_schedule(optimizer, self.scheduler, steps)
+        self._rates = [group.get("initial_lr", group["lr"]) for group in optimizer.param_groups]
         config: LRSchedulerConfigType = {
             "scheduler": schedule,
             "interval": self.scheduler_interval if self.scheduler else "step",
         }
         if isinstance(schedule, torch.optim.lr_scheduler.ReduceLROnPlateau):
             config["monitor"] = getattr(schedule, "monitor", "val_loss")
+            if self.scheduler_interval == "epoch":
+                config["frequency"] = NEVER  # StepOnPlateau does it
         return {"optimizer": optimizer, "lr_scheduler": config}
 
     def learning_rates(self) -> dict[str, float]:

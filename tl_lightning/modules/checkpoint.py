@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 KEY = "tl_lightning"
 FORMAT = 1
 
+_FIELDS = ("format", "version", "model", "left_out", "class_names", "preprocessing", "hashes")
+
 TRAINING_ONLY = ("optimizer", "scheduler")
 """Arguments that only training needs: anything callable is allowed, and a checkpoint does not bring them back."""
 
@@ -38,7 +40,10 @@ def check(classifier: TransferClassifier) -> None:
 def _describe_object(classifier: TransferClassifier) -> dict[str, Any]:
     positional, named = classifier.init_args
     if not any(value is classifier.backbone for value in (*positional, *named.values())):
-        raise ValueError(f"{type(classifier).__name__} could not be saved: it must take its backbone as an argument")
+        raise ValueError(
+            f"{type(classifier).__name__} could not be saved: its backbone is not the one that it was made with. It must take "
+            "it as an argument and leave it as it is; to compile, use torch.compile(classifier)"
+        )
     named = {key: value for key, value in named.items() if key not in (*TRAINING_ONLY, "backbone", "class_names")}
     positional = tuple(value for value in positional if value is not classifier.backbone)
     try:
@@ -87,16 +92,20 @@ def read(path: str | Path, map_location: str | torch.device | None = None) -> di
     try:
         checkpoint = torch.load(path, map_location=map_location or "cpu", weights_only=True)
     except Exception as error:
-        reason = str(error).splitlines()[0]
+        reason = str(error).partition("\n")[0]
         raise ValueError(
-            f"the checkpoint {str(path)!r} cannot be read safely ({type(error).__name__}: {reason})"
+            f"the checkpoint {str(path)!r} cannot be read safely ({type(error).__name__}: {reason}); it is damaged, cut short, "
+            "or no checkpoint"
         ) from error
     if not (isinstance(checkpoint, dict) and isinstance(checkpoint.get(KEY), dict)):
         raise ValueError(  # noqa: TRY004 - what is wrong is the file's content, not the type of an argument
             f"{str(path)!r} is not a checkpoint of tl_lightning: it does not say what its model is made of. The weights of a "
             "backbone are loaded with the backbone's argument 'weights'"
         )
-    if checkpoint[KEY]["format"] > FORMAT:
+    missing = [key for key in _FIELDS if key not in checkpoint[KEY]]
+    if missing or not isinstance(checkpoint.get("state_dict"), dict):
+        raise ValueError(f"the checkpoint {str(path)!r} is damaged: it lacks {', '.join(missing) or 'its weights'}")
+    if int(checkpoint[KEY]["format"]) > FORMAT:
         raise ValueError(
             f"{str(path)!r} was written by tl_lightning {checkpoint[KEY]['version']}, in a later format; update tl_lightning"
         )
@@ -108,36 +117,50 @@ def load(cls: type[_C], path: str | Path, map_location: str | torch.device | Non
     """Make the classifier of a checkpoint; see :meth:`TransferClassifier.load_from_checkpoint`."""
     checkpoint = read(path, map_location)
     made_of = checkpoint[KEY]
-    described = made_of["model"]
-    saved = makeup.known_class(described["class_path"])
+    state = checkpoint["state_dict"]
+    if fingerprint(_backbone_of(state)) != made_of["hashes"]["backbone"]:
+        raise ValueError(f"the backbone in {str(path)!r} is not the one that was saved: the file is damaged")
+    saved = makeup.known_class(made_of["model"]["class_path"])
     if not issubclass(saved, cls):
         raise ValueError(  # noqa: TRY004 - what is wrong is the file's content, not the type of an argument
-            f"{str(path)!r} holds a {described['class_path']}, which is no {cls.__name__}; load it with "
+            f"{str(path)!r} holds a {made_of['model']['class_path']}, which is no {cls.__name__}; load it with "
             f"{saved.__name__}.load_from_checkpoint, or TransferClassifier's, which loads any"
         )
-    backbone = described["backbone"]
+    try:
+        classifier: _C = _rebuild(saved, made_of)
+        missing, unexpected = classifier.load_state_dict(state, strict=False)
+    except (KeyError, TypeError, RuntimeError) as error:
+        raise ValueError(
+            f"what {str(path)!r} says of its {saved.__name__} does not fit the code or its weights "
+            f"({type(error).__name__}: {error}); the file is damaged, or the code has changed since"
+        ) from error
+    if missing or unexpected:
+        raise ValueError(
+            f"the weights in {str(path)!r} do not fit {saved.__name__}: missing {missing[:5]}, unknown {unexpected[:5]}. Has "
+            "its code changed since, or was a part of it replaced after it was made?"
+        )
+    if map_location is not None:
+        classifier = classifier.to(map_location)
+    return classifier.eval()
+
+
+def _rebuild(saved: Any, made_of: dict[str, Any]) -> Any:
+    """Make the classifier that a checkpoint describes, without its weights."""
+    described, backbone = made_of["model"], made_of["model"]["backbone"]
     if "weights" in backbone["init_args"]:
         backbone = backbone | {"init_args": backbone["init_args"] | {"weights": None}}
     rebuilt = makeup.rebuild(backbone)
     fields: list[Any] = [tuple(v) if isinstance(v, list) else v for v in made_of["preprocessing"]]
     rebuilt.preprocessing = Preprocessing(*fields)
-    names = made_of["class_names"]
     args, kwargs = makeup.rebuild(described["args"]), makeup.rebuild(described["init_args"])
     if args:  # a signature with *args: the backbone comes first
         args = [rebuilt, *args]
     else:
         kwargs["backbone"] = rebuilt
     classifier = saved(*args, **kwargs)
+    names = made_of["class_names"]
+    if names is not None and len(names) != classifier.num_classes:
+        raise TypeError(f"{len(names)} names for {classifier.num_classes} classes")
     classifier.class_names = None if names is None else tuple(names)
     classifier.left_out = tuple(made_of["left_out"])
-    missing, unexpected = classifier.load_state_dict(checkpoint["state_dict"], strict=False)
-    if missing or unexpected:
-        raise ValueError(
-            f"the weights in {str(path)!r} do not fit {saved.__name__}: missing {missing[:5]}, unknown {unexpected[:5]}. Has "
-            "its code changed since?"
-        )
-    if fingerprint(_backbone_of(classifier.state_dict())) != made_of["hashes"]["backbone"]:
-        raise ValueError(f"the backbone in {str(path)!r} is not the one that was saved: the file is damaged")
-    if map_location is not None:
-        classifier = classifier.to(map_location)
-    return classifier.eval()
+    return classifier

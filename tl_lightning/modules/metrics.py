@@ -23,8 +23,10 @@ class MeanLoss(Metric):
 
     def update(self, mean: Tensor, samples: int) -> None:
         """Add the mean loss (a scalar) of so many samples."""
-        self.total += mean * samples
-        self.count += samples
+        self.total = (
+            self.total + mean * samples
+        )  # not in place: validation before a fit leaves an inference tensor here
+        self.count = self.count + samples
 
     def compute(self) -> Tensor:
         """Return the mean over all samples, a scalar."""

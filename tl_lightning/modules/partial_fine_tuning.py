@@ -8,7 +8,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 
 from tl_lightning import freezing
-from tl_lightning.backbones import Backbone, Segment
+from tl_lightning.backbones import Backbone, Segment, stages_of
 from tl_lightning.batch import Batch
 from tl_lightning.freezing import HEAD, Staging
 from tl_lightning.heads import HeadCallable, LinearHead, MapHead, resize_last_linear
@@ -113,7 +113,7 @@ class PartialFineTuning(TransferClassifier):
         active = {h.after: n for n, h in self._auxiliary.items() if self.training and h.after in self.staging.trained}
         if not active or not isinstance(suffix, Segment):
             return super().run_suffix(suffix, inputs)
-        for stage, run in suffix.stages:
+        for stage, run in stages_of(suffix):
             inputs = run(inputs)
             if stage in active:
                 name = active[stage]

@@ -1,0 +1,69 @@
+"""Say what came out of a run and where it lies."""
+
+from pathlib import Path
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from tl_lightning.callbacks.table import print_table
+from tl_lightning.data import ImageFolderDataModule
+
+_WORDS = {"val": "validation", "test": "test", "f1": "macro F1"}
+
+
+class Outcome(Callback):
+    """Print the scores of a fit, a validation or a test, and where the files lie, when the progress bar is gone."""
+
+    def __init__(self) -> None:
+        self._title = ""
+        self._rows: dict[str, str] = {}
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Note the best score."""
+        folder = trainer.log_dir  # asks all ranks
+        best = trainer.checkpoint_callback
+        self._title, self._rows = "trained", {}
+        if isinstance(best, ModelCheckpoint) and best.best_model_score is not None:
+            self._rows[f"best {best.monitor}"] = f"{float(best.best_model_score):.4f}"
+            self._rows["best model"] = best.best_model_path
+        self._rows["outputs"] = str(folder)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Note the scores of a validation that is no part of a fit."""
+        if trainer.state.fn == "validate":
+            self._note_scores(trainer, "validated", "val")
+
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Note the scores of the test."""
+        self._note_scores(trainer, "tested", "test")
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Print what was noted."""
+        if self._rows:
+            print_table(self._title, self._rows)
+        self._rows = {}
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Say how an interrupted fit goes on."""
+        if not isinstance(exception, KeyboardInterrupt) or trainer.state.fn != "fit":
+            return
+        best = trainer.checkpoint_callback
+        last = Path(best.dirpath or "") / "last.ckpt" if isinstance(best, ModelCheckpoint) else None
+        if last is not None and last.is_file():
+            print_table("interrupted", {"go on with": f"the same command and --ckpt_path {last}"})
+        else:
+            print_table("interrupted", {"saved": "nothing yet: checkpoints are written after each epoch"})
+
+    def _note_scores(self, trainer: Trainer, title: str, split: str) -> None:
+        self._title, self._rows = title, {}
+        data = getattr(trainer, "datamodule", None)
+        if isinstance(data, ImageFolderDataModule):
+            count, total = (f"{n:,}" for n in (len(data.splits[split].files), data.num_images))
+            self._rows["images"] = count
+            if data.is_drawn(split):
+                self._rows["images"] += f" of {total}, drawn from the seed"
+        for name, value in trainer.callback_metrics.items():
+            if name.startswith(f"{split}_"):
+                kind = name.removeprefix(f"{split}_")
+                self._rows[f"{_WORDS[split]} {_WORDS.get(kind, kind)}"] = f"{float(value):.4f}"
+        self._rows["outputs"] = str(trainer.log_dir)
