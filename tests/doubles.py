@@ -18,12 +18,12 @@ TINY = Preprocessing(size=20, crop=16, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.
 
 
 class Block(nn.Module):
-    def __init__(self, before: int, after: int) -> None:
+    def __init__(self, before: int, after: int, chance: float) -> None:
         super().__init__()
         self.conv = nn.Conv2d(before, after, 3, stride=2, padding=1)
         self.norm = nn.BatchNorm2d(after)
-        self.dropout = nn.Dropout(0.3)
-        self.depth = StochasticDepth(0.3, "row")
+        self.dropout = nn.Dropout(chance)
+        self.depth = StochasticDepth(chance, "row")
 
     def forward(self, inputs: Tensor) -> Tensor:
         output: Tensor = self.depth(self.dropout(self.norm(self.conv(inputs)).relu()))
@@ -31,25 +31,26 @@ class Block(nn.Module):
 
 
 class TinyNet(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, chance: float = 0.3) -> None:
         super().__init__()
-        self.stem = Block(3, 8)
-        self.layer1 = Block(8, 12)
-        self.layer2 = Block(12, 16)
-        self.layer3 = Block(16, 24)
+        self.chance = chance
+        self.stem = Block(3, 8, chance)
+        self.layer1 = Block(8, 12, chance)
+        self.layer2 = Block(12, 16, chance)
+        self.layer3 = Block(16, 24, chance)
 
     def forward(self, images: Tensor) -> Tensor:
         features: Tensor = self.layer3(self.layer2(self.layer1(self.stem(images))))
-        return nn.functional.dropout(features.mean((2, 3)), 0.2, self.training)
+        return nn.functional.dropout(features.mean((2, 3)), self.chance, self.training)
 
 
 class TinyBackbone(TracedBackbone):
     """Batch norm, dropout, stochastic depth, and functional dropout that reads ``self.training``."""
 
-    def __init__(self, seed: int = 0, weights: str | None = "DEFAULT") -> None:
+    def __init__(self, seed: int = 0, weights: str | None = "DEFAULT", chance: float = 0.3) -> None:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed if weights is not None else 1000 + seed)
-            net = TinyNet()
+            net = TinyNet(chance)
             for name, buffer in net.named_buffers():
                 if name.endswith("running_mean"):
                     buffer.normal_(0, 0.1)

@@ -2,7 +2,7 @@
 
 from tl_lightning.backbones.base import AuxiliaryHead, Backbone
 from tl_lightning.backbones.efficientnet_lite import EfficientNetLite
-from tl_lightning.backbones.segment import Segment, stages_of
+from tl_lightning.backbones.segment import Segment, called_by, stages_of
 from tl_lightning.backbones.timm import TimmBackbone
 from tl_lightning.backbones.torchvision import TorchvisionBackbone
 from tl_lightning.backbones.traced import TracedBackbone
@@ -15,5 +15,6 @@ __all__ = [
     "TimmBackbone",
     "TorchvisionBackbone",
     "TracedBackbone",
+    "called_by",
     "stages_of",
 ]

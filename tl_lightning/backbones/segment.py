@@ -88,6 +88,11 @@ def stages_of(segment: Segment) -> Iterator[tuple[str, Callable[[Tensor], Tensor
     return ((piece.name, piece) for piece in segment._pieces)
 
 
+def called_by(segment: Segment) -> list[nn.Module]:
+    """Return the network's modules that a segment calls, each once."""
+    return list({id(module): module for piece in segment._pieces for module in piece.called}.values())
+
+
 def _subgraph(nodes: Sequence[fx.Node], begin: int, end: int) -> fx.Graph:
     """Copy the operations after ``begin`` up to ``end``, and the constants that they need, to a graph of their own."""
     dependent = depends_on_input(nodes)

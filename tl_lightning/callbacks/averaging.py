@@ -1,6 +1,10 @@
 """Exponential moving average of the weights."""
 
+import warnings
+
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import WeightAveraging
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 
@@ -21,3 +25,18 @@ class EMA(WeightAveraging):
         if not 0 <= decay < 1:
             raise ValueError(f"decay is {decay}; it is a share, as 0.999")
         super().__init__(use_buffers=False, multi_avg_fn=get_ema_multi_avg_fn(decay))  # type: ignore[no-untyped-call]  # torch gives it no types
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Make the average, from the module as it is.
+
+        Raises:
+            ValueError: The strategy shards the weights.
+        """
+        if isinstance(trainer.strategy, (FSDPStrategy, ModelParallelStrategy)):
+            raise ValueError(  # noqa: TRY004 - what is wrong is a choice of the user's
+                f"{type(trainer.strategy).__name__} shards the weights, which cannot be averaged: use strategy 'ddp'"
+            )
+        with warnings.catch_warnings():
+            # The classifier's configure_model shards, and does nothing without a strategy for that.
+            warnings.filterwarnings("ignore", "You're using the WeightAveraging callback with a model that overrides")
+            super().setup(trainer, pl_module, stage)

@@ -11,6 +11,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.types import LRSchedulerConfigType, OptimizerLRScheduler
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 from typing_extensions import Self
@@ -27,6 +28,7 @@ from tl_lightning.modules import checkpoint as checkpoints
 from tl_lightning.modules.frozen_guard import FrozenGuard
 from tl_lightning.modules.metrics import MeanLoss
 from tl_lightning.modules.plateau import NEVER, StepOnPlateau
+from tl_lightning.modules.sharding import shard
 from tl_lightning.modules.step_boundary import StepBoundary, finish_epoch
 
 
@@ -211,6 +213,11 @@ class TransferClassifier(Recorded, LightningModule):
                 f"num_classes is {self.num_classes}, and there are {len(names)} classes in the data: {', '.join(names)}; "
                 "leave num_classes out on the command line, and pass num_classes=data.num_classes in Python"
             )
+
+    def configure_model(self) -> None:
+        """Shard what may train, under a ModelParallelStrategy."""
+        if self.device_mesh is not None and not any(isinstance(module, FSDPModule) for module in self.modules()):
+            shard(self, self.staging, self.device_mesh)
 
     def configure_callbacks(self) -> list[Callback]:
         """Guard what is frozen, in every run, and step a schedule that waits for a plateau."""
