@@ -1,0 +1,160 @@
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tests.doubles import TINY, TinyBackbone
+from tl_lightning.backbones import Backbone, TimmBackbone, TorchvisionBackbone, TracedBackbone
+from tl_lightning.freezing import HEAD, Staging, fingerprints
+
+BACKBONES: dict[str, Callable[[], Backbone]] = {
+    "tiny": TinyBackbone,
+    "resnet": lambda: TorchvisionBackbone("resnet18", weights=None),
+    "inception": lambda: TorchvisionBackbone("inception_v3", weights=None),
+    "vit": lambda: TorchvisionBackbone("vit_b_16", weights=None),
+    "convnext": lambda: TimmBackbone("test_convnext", weights=None),
+}
+
+
+@pytest.mark.parametrize("kind", BACKBONES)
+def test_each_parameter_belongs_to_one_stage(kind: str) -> None:
+    backbone = BACKBONES[kind]()
+    staging = Staging(backbone, backbone.stages[0])
+    owned = [name for stage in staging.stages.values() for name in stage.parameters]
+    assert len(owned) == len(set(owned))
+    auxiliary = {name for name, _ in backbone.named_parameters() if name.startswith("auxiliary.")}
+    assert set(owned) == {name for name, _ in backbone.named_parameters()} - auxiliary
+    assert staging.trainable == backbone.stages
+
+
+@pytest.mark.parametrize("kind", BACKBONES)
+def test_stages_before_are_still_and_in_eval_mode(kind: str) -> None:
+    backbone = BACKBONES[kind]()
+    first = backbone.stages[-2]
+    staging = Staging(backbone, first)
+    staging.train(staging.stages_from(first))
+    backbone.train()
+    staging.hold()
+    prefix, suffix = backbone.split(first)
+    assert not any(p.requires_grad for p in prefix.parameters())
+    assert all(p.requires_grad for p in suffix.parameters())
+    live = {id(module) for module in backbone.modules()}
+    assert not any(module.training for module in prefix.modules() if id(module) in live)
+    for module in suffix.modules():
+        if id(module) in live:
+            assert module.training is not isinstance(module, nn.BatchNorm2d)
+    staging.hold(training=False)
+    assert not any(module.training for module in backbone.modules())
+
+
+@pytest.mark.parametrize("train_bn", [False, True])
+def test_batch_norm_moves_only_if_it_shall(train_bn: bool) -> None:
+    backbone = TinyBackbone()
+    staging = Staging(backbone, "layer2", train_bn=train_bn)
+    staging.train(staging.stages_from("layer2"))
+    before = {name: buffer.clone() for name, buffer in backbone.named_buffers()}
+    prefix, suffix = backbone.split("layer2")
+    suffix(prefix(torch.randn(8, 3, 16, 16))).sum().backward()
+    moved = {name.split(".")[1] for name, buffer in backbone.named_buffers() if not torch.equal(buffer, before[name])}
+    assert moved == ({"layer2", "layer3"} if train_bn else set())
+    assert all(parameter.grad is not None for parameter in suffix.parameters()), "scale and shift learn in any case"
+    assert {name for name in staging.still() if "running" in name and "layer3" in name} == (
+        set() if train_bn else {"model.layer3.norm.running_mean", "model.layer3.norm.running_var"}
+    )
+
+
+def test_gradients_left_over_go() -> None:
+    backbone = TinyBackbone()
+    staging = Staging(backbone, "layer1")
+    staging.train(staging.stages_from("layer1"))
+    backbone(torch.randn(2, 3, 16, 16)).sum().backward()
+    staging.train(staging.stages_from("layer3"))
+    assert {n.split(".")[1] for n, p in backbone.named_parameters() if p.grad is not None} == {"layer3"}
+
+
+@pytest.mark.parametrize("given", ["layer4.1", "model.layer4.1", "layer4.1.conv1.weight"])
+def test_from_a_module_or_parameter_inside_a_stage(given: str) -> None:
+    backbone = TorchvisionBackbone("resnet18", weights=None)
+    staging = Staging(backbone, given)
+    assert staging.boundary == "layer4"
+    assert staging.trainable == (given,)
+    staging.train(staging.stages_from(given))
+    moving = {name for name, p in backbone.named_parameters() if p.requires_grad}
+    assert moving == {name for name, _ in backbone.named_parameters() if name.startswith("model.layer4.1.")}
+    backbone.train()
+    staging.hold()
+    assert not any(module.training for module in backbone.get_submodule("model.layer4.0").modules())
+    assert backbone.get_submodule("model.layer4.1.conv1").training
+
+
+def test_last_stages_by_number() -> None:
+    backbone = TorchvisionBackbone("resnet18", weights=None)
+    assert Staging(backbone, 2).trainable == ("layer3", "layer4"), "stages, not tensors or modules"
+    assert Staging(backbone, 5).trainable == backbone.stages
+    assert Staging(backbone, HEAD).trainable == ()
+    with pytest.raises(ValueError, match="the last 6 stages are to train; resnet18 has 5: stem, layer1"):
+        Staging(backbone, 6)
+    with pytest.raises(ValueError, match="unknown stage 'layer5'; did you mean 'layer4'"):
+        Staging(backbone, "layer5")
+    with pytest.raises(ValueError, match="'relu' of resnet18 holds no parameter"):
+        Staging(backbone, "relu")
+
+
+class Tied(nn.Module):
+    """The last stage uses the weights of the second."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 4, 3)
+        self.layer1, self.layer2, self.layer3 = (nn.Conv2d(4, 4, 3) for _ in range(3))
+        self.layer3.weight = self.layer1.weight
+
+    def forward(self, images: Tensor) -> Tensor:
+        features: Tensor = self.layer3(self.layer2(self.layer1(self.stem(images))))
+        return features.mean((2, 3))
+
+
+def test_tied_parameter_moves_with_the_first_stage_that_uses_it() -> None:
+    backbone = TracedBackbone(Tied(), "tied", TINY)
+    staging = Staging(backbone, "layer2")
+    staging.train(staging.stages_from("layer2"))
+    assert not backbone.get_parameter("model.layer1.weight").requires_grad, "what is frozen would move"
+    staging = Staging(backbone, "layer1")
+    staging.train(staging.stages_from("layer1"))
+    assert backbone.get_parameter("model.layer1.weight").requires_grad
+    assert [name for s in staging.stages.values() for name in s.parameters].count("model.layer1.weight") == 1
+
+
+def test_a_frozen_stage_before_one_that_trains_runs_its_eval_code() -> None:
+    """Functional dropout between modules follows its own stage, not the network."""
+
+    class Functional(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.layer1, self.layer2, self.layer3 = (nn.Conv2d(3, 3, 1) for _ in range(4))
+
+        def forward(self, images: Tensor) -> Tensor:
+            for layer in (self.stem, self.layer1):
+                images = nn.functional.dropout(layer(images), 0.5, self.training)
+            features: Tensor = self.layer3(nn.functional.dropout(self.layer2(images), 0.5, self.training))
+            return features.mean((2, 3))
+
+    backbone = TracedBackbone(Functional(), "functional", TINY)
+    staging = Staging(backbone, "layer1")
+    staging.train(("layer2", "layer3"))
+    images = torch.randn(4, 3, 16, 16)
+    inside: list[Tensor] = []
+    backbone.get_submodule("model.layer2").register_forward_pre_hook(lambda m, inputs: inside.append(inputs[0]))
+    prefix, suffix = backbone.split("layer1")
+    outputs = [suffix(prefix(images)) for _ in range(2)]
+    assert torch.equal(inside[0], inside[1]), "a frozen stage drops out"
+    assert not torch.equal(*outputs), "a stage that trains does not"
+
+
+def test_fingerprints_tell_what_changed() -> None:
+    tensors = {"a": torch.zeros(2, 3), "b": torch.zeros(6), "c": torch.zeros(6, dtype=torch.bfloat16)}
+    found = fingerprints(tensors)
+    assert len(set(found.values())) == 3
+    tensors["b"][3] = -0.0  # equal in value, other bits
+    assert {name for name, digest in fingerprints(tensors).items() if digest != found[name]} == {"b"}
