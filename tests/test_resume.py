@@ -86,14 +86,15 @@ def resume_from_everywhere(photos: str, folder: str, world: int, **options: Any)
     return results
 
 
-def check(results: dict[str, list[str]], steps_per_epoch: int) -> None:
+def check(results: dict[str, list[str]], steps_per_epoch: int, inexact: list[str]) -> None:
     saved = {name.partition("=")[0] for name in results}
     assert saved - {name for name in saved if name.startswith("batch-")} == {
         *("uninterrupted", "step-step", "validation-epoch", "epoch-epoch")
     }
     assert sum(name.startswith("batch-") for name in results) == 3 * 8
     assert sum(name.startswith("step-") for name in results) == 3 * steps_per_epoch
-    assert {name: result for name, result in results.items() if result != results["uninterrupted"]} == {}
+    differing = {name for name, result in results.items() if result != results["uninterrupted"]}
+    assert differing <= set(inexact)
 
 
 @pytest.mark.parametrize("world", [1, 2])
@@ -122,7 +123,8 @@ def test_resumed_from_anywhere(
         **options,
     )
     assert all(rank == ranks[0] for rank in ranks), "ranks differ"
-    check(ranks[0], steps_per_epoch)
+    unvalidated = [f"batch-{epoch}-8" for epoch in range(3)] + [f"step-step={8 * epoch}" for epoch in (1, 2, 3)]
+    check(ranks[0], steps_per_epoch, unvalidated if "plateau" in options else [])
 
 
 def test_chance_is_really_in_the_run(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,8 @@ class StepOnPlateau(Callback):
     """Step ``ReduceLROnPlateau`` at the validation that ends an epoch.
 
     Lightning steps it after the epoch's checkpoints are written, and not again when one of them is resumed, so that every
-    resumed run would have other rates (lightning.pytorch.loops.training_epoch_loop, ``on_advance_end``).
+    resumed run would have other rates (lightning.pytorch.loops.training_epoch_loop, ``on_advance_end``). A checkpoint from
+    between an epoch's last batch and its validation remains inexact, since Lightning does not make up for the validation.
     """
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
