@@ -1,7 +1,9 @@
 """Exponential moving average of the weights."""
 
 import warnings
+from typing import Any
 
+import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
@@ -24,6 +26,7 @@ class EMA(WeightAveraging):
     def __init__(self, decay: float = 0.999) -> None:
         if not 0 <= decay < 1:
             raise ValueError(f"decay is {decay}; it is a share, as 0.999")
+        self._frozen: frozenset[str] | None = None
         super().__init__(use_buffers=False, multi_avg_fn=get_ema_multi_avg_fn(decay))  # type: ignore[no-untyped-call]  # torch gives it no types
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -40,3 +43,14 @@ class EMA(WeightAveraging):
             # The classifier's configure_model shards, and does nothing without a strategy for that.
             warnings.filterwarnings("ignore", "You're using the WeightAveraging callback with a model that overrides")
             super().setup(trainer, pl_module, stage)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Where a stage begins, let the average of what is frozen be what it is; else a re-frozen part would trail behind."""
+        frozen = frozenset(name for name, parameter in pl_module.named_parameters() if not parameter.requires_grad)
+        if frozen != self._frozen and self._average_model is not None:
+            with torch.no_grad():
+                live = dict(pl_module.named_parameters())
+                for name, average in self._average_model.module.named_parameters():
+                    if name in frozen:
+                        average.copy_(live[name])
+            self._frozen = frozen
