@@ -1,9 +1,7 @@
 """The command line: links between backbone, data and model, and defaults."""
 
 import importlib
-import logging
 import sys
-import warnings
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -25,6 +23,7 @@ from tl_lightning.defaults import (
     find_checkpoint,
 )
 from tl_lightning.modules import TransferClassifier, checkpoint
+from tl_lightning.quiet import quiet
 from tl_lightning.transforms import Preprocessing
 
 _DESCRIPTIONS = {
@@ -33,38 +32,6 @@ _DESCRIPTIONS = {
     "test": "Score a checkpoint on the test images.",
     "predict": "Write predictions.csv for a folder of images, nested or flat.",
 }
-
-_EXPECTED_WARNINGS = (
-    # A frozen backbone belongs in eval mode: lightning.pytorch.loops.fit_loop._warn_if_modules_in_eval_mode.
-    r"Found \d+ module\(s\) in eval mode at the start of training",
-    # Metrics are logged per epoch: lightning.pytorch.loops.fit_loop.setup_data.
-    r"The number of training batches \(\d+\) is smaller than the logging interval",
-    # The folder of a resumed run holds its earlier checkpoints: lightning.pytorch.callbacks.model_checkpoint.
-    r"Checkpoint directory .* exists and is not empty",
-    # So it holds its earlier metrics, which default_loggers keeps: lightning.fabric.loggers.csv_logs.
-    r"Experiment logs directory .* exists and is not empty",
-    # Scoring needs none of the callbacks of training: lightning.pytorch.trainer.call, _call_callbacks_on_load_checkpoint.
-    r"Be aware that when using `ckpt_path`, callbacks used to create the checkpoint",
-    # Lightning on a newer torch: lightning.pytorch.utilities._pytree.
-    r"`isinstance\(treespec, LeafSpec\)` is deprecated",
-    # Predictions are matched by index, not by sampler: lightning.pytorch.loops.prediction_loop.
-    r"Couldn't infer the batch indices fetched from your dataloader",
-)
-
-
-_NOISE = (
-    "\N{ELECTRIC LIGHT BULB} Tip",
-    "TPU available",
-    "GPU available",
-    "Loading `",
-    "Restoring states",
-    "Loaded model weights",
-    "The following callbacks returned",
-)
-
-
-def _worth_reading(record: logging.LogRecord) -> bool:
-    return not record.getMessage().startswith(_NOISE)
 
 
 class _Parser(LightningArgumentParser):
@@ -83,9 +50,7 @@ class TransferCLI(LightningCLI):
     """
 
     def __init__(self, args: ArgsType = None) -> None:
-        for message in _EXPECTED_WARNINGS:
-            warnings.filterwarnings("ignore", message)
-        logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_worth_reading)
+        quiet()
         super().__init__(
             save_config_callback=SaveConfig,
             save_config_kwargs={"overwrite": True},  # a resumed run goes on in its own folder

@@ -58,9 +58,9 @@ class Outcome(Callback):
         self._title, self._rows = title, {}
         data = getattr(trainer, "datamodule", None)
         if isinstance(data, ImageFolderDataModule):
-            count, total = (f"{n:,}" for n in (len(data.splits[split].files), data.num_images))
+            count, total = (f"{n:,}" for n in (len(data.splits[split].files), data.contents.num_images))
             self._rows["images"] = count
-            if data.is_drawn(split):
+            if data.contents.is_drawn(split):
                 self._rows["images"] += f" of {total}, drawn from the seed"
         for name, value in trainer.callback_metrics.items():
             if name.startswith(f"{split}_"):

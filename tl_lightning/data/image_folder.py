@@ -1,6 +1,5 @@
 """A folder of images as training, validation, test and prediction data."""
 
-import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,12 +8,12 @@ from lightning.fabric.utilities.data import suggested_max_num_workers
 from lightning.pytorch import LightningDataModule
 
 from tl_lightning.chance import run_seed
-from tl_lightning.data import folder as folders
+from tl_lightning.data.contents import FolderContents
 from tl_lightning.data.folder import Samples
 from tl_lightning.data.loader import EpochLoader, ImageDataset, Transform
 from tl_lightning.data.order import EpochBatches
 from tl_lightning.data.provenance import Provenance, check_training_images, describe_training_images
-from tl_lightning.images import SUFFIXES, WHITE, ImageReader
+from tl_lightning.images import WHITE, ImageReader
 from tl_lightning.transforms import Preprocessing, eval_transform, train_transform
 
 _MOST_WORKERS = 8
@@ -76,18 +75,17 @@ class ImageFolderDataModule(LightningDataModule):
         self.batch_size = batch_size
         self.num_workers = num_workers
         self.augment = augment
-        self.val_fraction = val_fraction
-        self.test_fraction = test_fraction
         self.background = (background[0], background[1], background[2])
         self.seed = run_seed() if seed is None else seed
         self.preprocessing = preprocessing
+        self.contents = FolderContents(self.root, val_fraction, test_fraction, self.seed)
         self._loaders: list[EpochLoader] = []
         self._train_loader: EpochLoader | None = None
         self._resume_at: dict[str, int] | None = None
 
     # What the folder holds ------------------------------------------------------------------------------------------
 
-    @functools.cached_property
+    @property
     def class_names(self) -> tuple[str, ...]:
         """Names of the classes, in the order of their numbers: the folders of ``train``.
 
@@ -97,67 +95,26 @@ class ImageFolderDataModule(LightningDataModule):
             FileNotFoundError: The root does not exist.
             ValueError: There are fewer than two class folders, or folders for other splits than ``train`` alone.
         """
-        root = folders.check_root(self.root)
-        given = folders.split_folders(root)
-        if given and folders.TRAIN not in given:
-            raise ValueError(f"{str(root)!r} holds {', '.join(p.name for p in given.values())} but no 'train' folder")
-        return tuple(folders.class_folders(given.get(folders.TRAIN, root)))
+        return self.contents.class_names
+
+    @class_names.setter
+    def class_names(self, names: tuple[str, ...]) -> None:
+        self.contents.class_names = names
 
     @property
     def num_classes(self) -> int:
         """Number of classes."""
         return len(self.class_names)
 
-    @functools.cached_property
+    @property
     def splits(self) -> dict[str, Samples]:
-        """The labelled images of each split that there is: ``train``, ``val``, ``test``.
-
-        Raises:
-            FileNotFoundError: The root does not exist.
-            ValueError: A class without images, a class that ``train`` does not know, or too few images.
-        """
-        root, names = folders.check_root(self.root), self.class_names
-        given = folders.split_folders(root)
-        if not given and self.test_fraction == 1:
-            return {"test": folders.find_samples(root, root, names, complete=False)}
-        found = {
-            split: folders.find_samples(root, folder, names, complete=split == folders.TRAIN)
-            for split, folder in (given or {folders.TRAIN: root}).items()
-        }
-        if folders.TRAIN not in found:
-            return found
-        fractions = {}
-        if "val" not in given:
-            fractions["val"] = self.val_fraction
-        if not given and self.test_fraction > 0:
-            fractions["test"] = self.test_fraction
-        found |= folders.stratified_split(found[folders.TRAIN], names, fractions, self.seed)
-        if not found["val"].files:
-            raise ValueError(f"{str(root)!r} holds one image per class, which leaves none for validation; add images")
-        return found
+        """The labelled images of each split that there is: ``train``, ``val``, ``test``; see :class:`FolderContents`."""
+        return self.contents.splits
 
     @property
-    def num_images(self) -> int:
-        """Number of labelled images, of all splits."""
-        return sum(len(samples.files) for samples in self.splits.values())
-
-    def is_drawn(self, split: str) -> bool:
-        """Return whether a split was drawn from the seed, rather than given by a folder or as all images."""
-        return split not in folders.split_folders(self.root) and len(self.splits) > 1
-
-    @functools.cached_property
     def predict_files(self) -> list[str]:
-        """Paths, relative to the root, of the images to predict: all below the root.
-
-        Raises:
-            FileNotFoundError: The root does not exist.
-            ValueError: There are no images.
-        """
-        root = folders.check_root(self.root)
-        files = sorted(folders.find_images(root, root))
-        if not files:
-            raise ValueError(f"{str(root)!r} holds no images to predict ({', '.join(sorted(SUFFIXES))})")
-        return files
+        """Paths, relative to the root, of the images to predict; see :class:`FolderContents`."""
+        return self.contents.images
 
     # Lightning's hooks ----------------------------------------------------------------------------------------------
 

@@ -1,22 +1,18 @@
 """What all strategies share."""
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch import Callback
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from lightning.pytorch.utilities import rank_zero_warn
-from lightning.pytorch.utilities.types import LRSchedulerConfigType, OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 from typing_extensions import Self
 
-from tl_lightning import optim
 from tl_lightning.backbones import Backbone
 from tl_lightning.batch import PADDING, Batch, NamesClasses, Preprocesses
 from tl_lightning.chance import run_seed, seed_torch
@@ -27,12 +23,13 @@ from tl_lightning.memory import keep_freed_memory
 from tl_lightning.modules import checkpoint as checkpoints
 from tl_lightning.modules.frozen_guard import FrozenGuard
 from tl_lightning.modules.metrics import MeanLoss
-from tl_lightning.modules.plateau import NEVER, StepOnPlateau
+from tl_lightning.modules.optimization import Optimized
+from tl_lightning.modules.plateau import StepOnPlateau
 from tl_lightning.modules.sharding import shard
 from tl_lightning.modules.step_boundary import StepBoundary, finish_epoch
 
 
-class TransferClassifier(Recorded, LightningModule):
+class TransferClassifier(Recorded, Optimized):
     """Train a head on a pre-trained backbone that does not move.
 
     A subclass for research overrides one of :meth:`build_head`, :meth:`compute_loss`, :meth:`build_metrics`.
@@ -73,7 +70,6 @@ class TransferClassifier(Recorded, LightningModule):
         self.scheduler_interval = scheduler_interval
         self.left_out: tuple[str, ...] = ()  # of a checkpoint: arguments that it could not bring back
         self._boundary = StepBoundary()
-        self._rates: list[float] = []
         self._check_names(self.class_names)
         checkpoints.check(self)  # now, not when the first checkpoint is due
 
@@ -223,17 +219,6 @@ class TransferClassifier(Recorded, LightningModule):
         """Guard what is frozen, in every run, and step a schedule that waits for a plateau."""
         return [FrozenGuard(), StepOnPlateau()]
 
-    def on_train_start(self) -> None:
-        """Say so where a resumed run goes on with the learning rates that it had, not with those given now."""
-        for group, given in zip(self.trainer.optimizers[0].param_groups, self._rates, strict=False):
-            had = group.get("initial_lr", given)
-            if not math.isclose(had, given, rel_tol=1e-6):
-                rank_zero_warn(
-                    f"the learning rate of {group.get('name')} is {given:g} now, and the run that is resumed had {had:g}, with which it "
-                    "goes on; for another rate, start a new run"
-                )
-                return
-
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Draw dropout from the place in the run, so that a resumed run draws as an uninterrupted one."""
         self.staging.hold()
@@ -276,52 +261,6 @@ class TransferClassifier(Recorded, LightningModule):
             Output: (N, K), rows of padding included; ``batch.index`` tells which these are.
         """
         return self.forward_from(batch.inputs, batch.boundary).float().softmax(-1)
-
-    def configure_optimizers(self) -> OptimizerLRScheduler:
-        """Make the optimizer over named groups, and the schedule.
-
-        Raises:
-            ValueError: This classifier comes from a checkpoint, which does not bring back the optimizer that it had; or the
-                learning rate is given twice; or the schedule needs an end that the run has not.
-        """
-        if self.left_out:
-            raise ValueError(
-                f"this classifier was made from a checkpoint, which does not bring back its {' and '.join(self.left_out)}; to "
-                "train on, make the classifier with them and give the checkpoint to fit: trainer.fit(model, ckpt_path=...)"
-            )
-        optimizer = optim.build_optimizer(self.parameter_groups(), self.optimizer)
-        steps = self.trainer.estimated_stepping_batches if self.scheduler is None else None
-        schedule = optim.build_schedule(optimizer, self.scheduler, steps)
-        self._rates = [group.get("initial_lr", group["lr"]) for group in optimizer.param_groups]
-        config: LRSchedulerConfigType = {
-            "scheduler": schedule,
-            "interval": self.scheduler_interval if self.scheduler else "step",
-        }
-        if isinstance(schedule, torch.optim.lr_scheduler.ReduceLROnPlateau):
-            config["monitor"] = getattr(schedule, "monitor", "val_loss")
-            if self.scheduler_interval == "epoch":
-                config["frequency"] = NEVER  # StepOnPlateau does it
-        return {"optimizer": optimizer, "lr_scheduler": config}
-
-    def learning_rates(self) -> dict[str, float]:
-        """Return the rate, per optimizer step, of the head and of each stage that may ever train."""
-        return {HEAD: self.lr}
-
-    def parameter_groups(self) -> list[dict[str, Any]]:
-        """Return the groups of the optimizer: everything that may ever train, from the start, each parameter in one group.
-
-        A parameter that frozen parts use as well is in none.
-        """
-        backbone = dict(self.backbone.named_parameters())
-        own = {id(parameter) for parameter in backbone.values()}
-        groups = []
-        for name, lr in self.learning_rates().items():
-            if name == HEAD:
-                members = [(n, p) for n, p in self.named_parameters() if id(p) not in own]
-            else:
-                members = [(n, backbone[n]) for n in self.staging.stages[name].parameters]
-            groups += optim.parameter_groups(members, name=name, lr=lr)
-        return groups
 
     # Checkpoints ----------------------------------------------------------------------------------------------------
 
