@@ -9,6 +9,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import lightning.pytorch as pl
 import pytest
 import torch
 import yaml
@@ -81,6 +82,51 @@ def test_plan_and_outcome_are_printed(photos: Path, tmp_path: Path, capsys: pyte
         str(folder),
     ):
         assert part in printed.replace(" /", "/").replace("/ ", "/"), part
+
+
+def test_plan_of_a_staged_run_shows_each_stage(
+    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = {
+        "backbone": {"class_path": "tests.doubles.TinyBackbone"},
+        "data": {"class_path": "ImageFolderDataModule", "init_args": {"root": str(photos), "num_workers": 0}},
+        "model": {"class_path": "PartialFineTuning", "init_args": {"unfreeze_from": "layer2", "lr": 0.01}},
+        "trainer": {
+            "max_epochs": 2,
+            "default_root_dir": str(tmp_path),
+            "callbacks": [{"class_path": "StagedUnfreezing", "init_args": {"schedule": {1: "layer3", 5: "layer2"}}}],
+        },
+    }
+    (tmp_path / "staged.yaml").write_text(yaml.safe_dump(config))
+    main(["fit", f"--config={tmp_path / 'staged.yaml'}"])
+    printed = " ".join(capsys.readouterr().out.split())
+    for part in (
+        "frozen stem to layer1: 1,140 parameters, in eval mode",
+        "from epoch 0 head: 75 parameters",
+        "from epoch 1 head: 75 parameters; layer3: 3,528",
+        "from epoch 5 head: 75 parameters; layer2 to layer3: 5,304 (never: the run is shorter)",
+        "AdamW: head 0.01, layer3 0.001, layer2 0.00075",
+    ):
+        assert part in printed, part
+
+
+class Interrupt(pl.Callback):
+    def __init__(self, epoch: int = 1) -> None:
+        self.epoch = epoch
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.current_epoch == self.epoch:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(("epoch", "advice"), [(0, "nothing yet"), (1, "the same command and --ckpt_path")])
+def test_interrupted_run_says_how_it_goes_on(
+    epoch: int, advice: str, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    interrupt = ["--trainer.callbacks=tests.test_cli.Interrupt", f"--trainer.callbacks.epoch={epoch}"]
+    with pytest.raises(SystemExit):
+        fit(photos, tmp_path, *interrupt)
+    assert advice in " ".join(capsys.readouterr().out.split())
 
 
 def test_test_after_fit_takes_the_best_checkpoint(photos: Path, tmp_path: Path) -> None:
