@@ -34,6 +34,23 @@ _DESCRIPTIONS = {
 }
 
 
+_HELP = {
+    "ckpt_path": "Checkpoint: a file, or 'last' or 'best' for that of the newest run.",
+    "weights_only": "Read checkpoints without executing anything in them.",
+    "trainer.default_root_dir": "Folder of the runs, each of which gets a folder version_N in it.",
+}
+"""Instead of what Lightning's docstrings say."""
+
+_TITLES = {
+    "An": "The network",
+    "A": "The images",
+    "Train": "The strategy",
+    "Customize": "The trainer, which is Lightning's",
+    **dict.fromkeys(("Runs", "Perform", "Run"), "The run"),
+}
+"""Instead of group titles that are the beginnings of docstrings, by their first word."""
+
+
 class _Parser(LightningArgumentParser):
     """A parser that says what is wrong, without sixty lines of usage in front of it."""
 
@@ -57,7 +74,7 @@ class TransferCLI(LightningCLI):
             trainer_defaults={"max_epochs": 10, "default_root_dir": "runs", "enable_model_summary": False},
             seed_everything_default=DEFAULT_SEED,
             parser_kwargs={name: {"description": text} for name, text in _DESCRIPTIONS.items()}
-            | {"description": "Transfer learning for image classification."},
+            | {"description": "Transfer learning for image classification.", "prog": "tl-lightning"},
             parser_class=_Parser,
             args=args,
             auto_configure_optimizers=False,
@@ -67,31 +84,27 @@ class TransferCLI(LightningCLI):
     # Parsing --------------------------------------------------------------------------------------------------------
 
     def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Add trainer, backbone, data and model, and link them."""
+        """Add backbone, data, model and trainer, and link them."""
+        if self._building == "fit":
+            network = "The pre-trained network; TorchvisionBackbone with the name resnet50 where none is named."
+            parser.add_subclass_arguments(Backbone, "backbone", required=True, help=network)
+        images = "The images; ImageFolderDataModule where none is named."
+        parser.add_subclass_arguments(LightningDataModule, "data", required=True, help=images)
+        if self._building == "fit":
+            strategy = "How it is trained; LinearProbe where none is named."
+            parser.add_subclass_arguments(TransferClassifier, "model", required=True, help=strategy)
+            parser.link_arguments("backbone", "model.init_args.backbone", apply_on="instantiate")
+            parser.link_arguments(
+                "backbone", "data.init_args.preprocessing", compute_fn=preprocessing, apply_on="instantiate"
+            )
+            parser.link_arguments("data.num_classes", "model.init_args.num_classes", apply_on="instantiate")
+            parser.link_arguments("data.class_names", "model.init_args.class_names", apply_on="instantiate")
+        else:  # the configuration of a fit is valid here as well
+            trust = "From the checkpoint. Name a class of your own here to let the checkpoint name it."
+            for key in ("backbone", "model"):
+                parser.add_argument(f"--{key}", type=str | dict | None, default=None, help=trust)
         parser.add_lightning_class_args(self.trainer_class, "trainer")
         parser.set_defaults({f"trainer.{key}": value for key, value in self.trainer_defaults.items()})
-        parser.add_subclass_arguments(
-            LightningDataModule, "data", required=True, help="The images; ImageFolderDataModule where none is named."
-        )
-        if self._building != "fit":  # the configuration of a fit is valid here as well
-            for key in ("backbone", "model"):
-                parser.add_argument(
-                    f"--{key}",
-                    type=str | dict | None,
-                    default=None,
-                    help="From the checkpoint. Name a class of your own here to let the checkpoint name it.",
-                )
-            return
-        network = "The pre-trained network; TorchvisionBackbone with the name resnet50 where none is named."
-        parser.add_subclass_arguments(Backbone, "backbone", required=True, help=network)
-        strategy = "How it is trained; LinearProbe where none is named."
-        parser.add_subclass_arguments(TransferClassifier, "model", required=True, help=strategy)
-        parser.link_arguments("backbone", "model.init_args.backbone", apply_on="instantiate")
-        parser.link_arguments(
-            "backbone", "data.init_args.preprocessing", compute_fn=_preprocessing_of, apply_on="instantiate"
-        )
-        parser.link_arguments("data.num_classes", "model.init_args.num_classes", apply_on="instantiate")
-        parser.link_arguments("data.class_names", "model.init_args.class_names", apply_on="instantiate")
 
     def _add_subcommands(self, parser: LightningArgumentParser, **kwargs: Any) -> None:
         super()._add_subcommands(parser, **kwargs)
@@ -103,6 +116,11 @@ class TransferCLI(LightningCLI):
         self._building = subcommand
         parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
         parser.set_defaults(weights_only=True)
+        for action in parser._actions:
+            action.help = _HELP.get(action.dest, action.help)
+        parser.usage = f"tl-lightning {subcommand} [--config FILE] [--data.root FOLDER] [options]"
+        for group in parser._action_groups:
+            group.title = _TITLES.get(str(group.title).partition(" ")[0], group.title)
         if subcommand == "fit":
             parser.add_argument(
                 "--test_after_fit", type=bool, default=False, help="Test the best checkpoint when training has ended."
@@ -215,7 +233,8 @@ class TransferCLI(LightningCLI):
             self.trainer.test(self.model, self.datamodule, ckpt_path=path or None, weights_only=True, verbose=False)
 
 
-def _preprocessing_of(backbone: Backbone) -> Preprocessing:
+def preprocessing(backbone: Backbone) -> Preprocessing:
+    """Return what the backbone wants images to go through; its name shows in the help."""
     return backbone.preprocessing
 
 
