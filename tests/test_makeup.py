@@ -26,7 +26,7 @@ def test_objects_are_made_again_from_what_they_were_made_of() -> None:
     assert again.seen == (1, (2, 3), "y", {"extra": 0.5})
     backbone = makeup.rebuild(makeup.describe(TinyBackbone(seed=3)))
     assert isinstance(backbone, TinyBackbone)
-    assert backbone.init_args == ((), {"seed": 3, "weights": "DEFAULT"})
+    assert backbone.init_args == ((), {"seed": 3, "weights": "DEFAULT", "chance": 0.3})
 
 
 def test_classes_and_partials_come_back() -> None:
