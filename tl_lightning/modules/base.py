@@ -14,22 +14,24 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 from typing_extensions import Self
 
 from tl_lightning.backbones import Backbone
-from tl_lightning.batch import PADDING, Batch, NamesClasses, Preprocesses
+from tl_lightning.batch import Batch
 from tl_lightning.chance import run_seed, seed_torch
 from tl_lightning.freezing import HEAD, Staging, as_frozen
 from tl_lightning.heads import LinearHead
 from tl_lightning.makeup import Recorded
 from tl_lightning.memory import keep_freed_memory
+from tl_lightning.modules import agreement
 from tl_lightning.modules import checkpoint as checkpoints
+from tl_lightning.modules.evaluated import Evaluated
 from tl_lightning.modules.frozen_guard import FrozenGuard
 from tl_lightning.modules.metrics import MeanLoss
 from tl_lightning.modules.optimization import Optimized
 from tl_lightning.modules.plateau import StepOnPlateau
 from tl_lightning.modules.sharding import shard
-from tl_lightning.modules.step_boundary import StepBoundary, finish_epoch
+from tl_lightning.modules.step_boundary import StepBoundary, batches_since_step, finish_epoch
 
 
-class TransferClassifier(Recorded, Optimized):
+class TransferClassifier(Recorded, Optimized, Evaluated):
     """Train a head on a pre-trained backbone that does not move.
 
     A subclass for research overrides one of :meth:`build_head`, :meth:`compute_loss`, :meth:`build_metrics`.
@@ -70,13 +72,12 @@ class TransferClassifier(Recorded, Optimized):
         self.scheduler_interval = scheduler_interval
         self.left_out: tuple[str, ...] = ()  # of a checkpoint: arguments that it could not bring back
         self._boundary = StepBoundary()
-        self._check_names(self.class_names)
+        agreement.check_number(self.num_classes, self.class_names)
         checkpoints.check(self)  # now, not when the first checkpoint is due
 
         self.head = self.build_head(backbone.feature_dim, num_classes)
-        self.train_loss, self.val_loss, self.test_loss = (MeanLoss() for _ in range(3))
-        metrics = self.build_metrics()
-        self.val_metrics, self.test_metrics = metrics.clone(prefix="val_"), metrics.clone(prefix="test_")
+        self.train_loss = MeanLoss()
+        self.build_evaluation()
         self.staging = Staging(backbone)
 
     # Hooks for subclasses -------------------------------------------------------------------------------------------
@@ -187,28 +188,9 @@ class TransferClassifier(Recorded, Optimized):
         if stage == "fit":
             checkpoints.check(self)  # again: parts may have been replaced since
         data = getattr(self.trainer, "datamodule", None)
-        if isinstance(data, Preprocesses) and data.preprocessing not in (None, self.backbone.preprocessing):
-            raise ValueError(
-                f"the data are prepared by {data.preprocessing}, and the backbone wants {self.backbone.preprocessing}; pass "
-                "preprocessing=backbone.preprocessing to the data, after setting backbone.preprocessing if it shall be another"
-            )
-        if stage == "predict" or not isinstance(data, NamesClasses):
-            return
-        names = tuple(data.class_names)
-        self._check_names(names)
-        if self.class_names is not None and self.class_names != names:
-            raise ValueError(
-                f"the model's classes are {', '.join(self.class_names)}, and the data's are {', '.join(names)}; both must be "
-                "the same, in the same order"
-            )
-        self.class_names = names
-
-    def _check_names(self, names: Sequence[str] | None) -> None:
-        if names is not None and len(names) != self.num_classes:
-            raise ValueError(
-                f"num_classes is {self.num_classes}, and there are {len(names)} classes in the data: {', '.join(names)}; "
-                "leave num_classes out on the command line, and pass num_classes=data.num_classes in Python"
-            )
+        agreement.check_preprocessing(data, self.backbone.preprocessing)
+        if stage != "predict":
+            self.class_names = agreement.class_names(data, self.num_classes, self.class_names)
 
     def configure_model(self) -> None:
         """Shard what may train, under a ModelParallelStrategy."""
@@ -222,7 +204,8 @@ class TransferClassifier(Recorded, Optimized):
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Draw dropout from the place in the run, so that a resumed run draws as an uninterrupted one."""
         self.staging.hold()
-        self._boundary.remember(self.trainer, self, {f"backbone.{name}" for name in self.staging.still()})
+        if batches_since_step(self.trainer) == 1:  # the first of several that accumulate
+            self._boundary.remember(self, {f"backbone.{name}" for name in self.staging.still()})
         seed_torch(run_seed(), "step", self.trainer.global_step, batch_idx, self.trainer.global_rank)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
@@ -235,32 +218,6 @@ class TransferClassifier(Recorded, Optimized):
     def training_loss(self, batch: Batch) -> Tensor:
         """Compute the mean loss of a training batch, a scalar."""
         return self.compute_loss(self.forward_from(batch.inputs, batch.boundary), batch.target)
-
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Add a validation batch to the loss and the metrics."""
-        self._evaluate(batch, "val_loss", self.val_loss, self.val_metrics)
-
-    def test_step(self, batch: Batch, batch_idx: int) -> None:
-        """Add a test batch to the loss and the metrics."""
-        self._evaluate(batch, "test_loss", self.test_loss, self.test_metrics)
-
-    def _evaluate(self, batch: Batch, loss_name: str, loss: MeanLoss, metrics: MetricCollection) -> None:
-        logits = self.forward_from(batch.inputs, batch.boundary)
-        real = batch.index != PADDING
-        if bool(real.any()):
-            logits, target = logits[real], batch.target[real]
-            loss.update(self.compute_loss(logits, target), len(logits))
-            metrics.update(logits, target)
-        self.log(loss_name, loss, on_step=False, on_epoch=True, prog_bar=True)
-        self.log_dict(metrics, on_step=False, on_epoch=True, prog_bar=True)
-
-    def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Compute the probability of each class.
-
-        Shape:
-            Output: (N, K), rows of padding included; ``batch.index`` tells which these are.
-        """
-        return self.forward_from(batch.inputs, batch.boundary).float().softmax(-1)
 
     # Checkpoints ----------------------------------------------------------------------------------------------------
 

@@ -43,16 +43,14 @@ class StepBoundary:
     def __init__(self) -> None:
         self._buffers: dict[str, Tensor] = {}
 
-    def remember(self, trainer: Trainer, module: LightningModule, still: set[str]) -> None:
+    def remember(self, module: LightningModule, still: set[str]) -> None:
         """Keep what a forward pass changes, such as running statistics, before the first batch of a step.
 
         Args:
-            trainer: At the start of a batch.
             module: What is trained.
             still: Names of what does not change.
         """
-        if trainer.accumulate_grad_batches > 1 and batches_since_step(trainer) in (0, 1):
-            self._buffers = {name: b.clone() for name, b in module.named_buffers() if name not in still}
+        self._buffers = {name: b.clone() for name, b in module.named_buffers() if name not in still}
 
     def go_back(self, trainer: Trainer, checkpoint: dict[str, Any]) -> None:
         """Change a checkpoint that was taken while gradients accumulate: running statistics, and the place in the data."""

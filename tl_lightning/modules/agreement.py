@@ -1,0 +1,50 @@
+"""Whether a classifier and its data fit each other."""
+
+from collections.abc import Sequence
+
+from tl_lightning.batch import NamesClasses, Preprocesses
+from tl_lightning.transforms import Preprocessing
+
+
+def check_preprocessing(data: object, wanted: Preprocessing) -> None:
+    """Make sure that the data are prepared as the backbone wants.
+
+    Raises:
+        ValueError: They are prepared for another backbone.
+    """
+    if isinstance(data, Preprocesses) and data.preprocessing not in (None, wanted):
+        raise ValueError(
+            f"the data are prepared by {data.preprocessing}, and the backbone wants {wanted}; pass "
+            "preprocessing=backbone.preprocessing to the data, after setting backbone.preprocessing if it shall be another"
+        )
+
+
+def class_names(data: object, num_classes: int, names: tuple[str, ...] | None) -> tuple[str, ...] | None:
+    """Return the names of the classes: those of the data, where these name any, else the classifier's.
+
+    Raises:
+        ValueError: The data have other classes than the classifier.
+    """
+    if not isinstance(data, NamesClasses):
+        return names
+    found = tuple(data.class_names)
+    check_number(num_classes, found)
+    if names is not None and names != found:
+        raise ValueError(
+            f"the model's classes are {', '.join(names)}, and the data's are {', '.join(found)}; both must be the same, in "
+            "the same order"
+        )
+    return found
+
+
+def check_number(num_classes: int, names: Sequence[str] | None) -> None:
+    """Make sure that there are as many names as classes.
+
+    Raises:
+        ValueError: There are not.
+    """
+    if names is not None and len(names) != num_classes:
+        raise ValueError(
+            f"num_classes is {num_classes}, and there are {len(names)} classes in the data: {', '.join(names)}; leave "
+            "num_classes out on the command line, and pass num_classes=data.num_classes in Python"
+        )
