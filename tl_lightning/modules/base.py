@@ -63,7 +63,8 @@ class TransferClassifier(Recorded, Optimized, Evaluated):
         super().__init__()
         if num_classes < 2:
             raise ValueError(f"num_classes is {num_classes}; a classifier needs at least 2")
-        self.backbone = backbone
+        # This layout of convolutions is up to 1.5 times faster: https://docs.pytorch.org/tutorials/intermediate/memory_format_tutorial.html
+        self.backbone = backbone.to(memory_format=torch.channels_last)
         self.num_classes = num_classes
         self.class_names = None if class_names is None else tuple(class_names)
         self.lr = lr

@@ -1,5 +1,6 @@
 """Shard what trains over the processes of a ModelParallelStrategy."""
 
+import torch
 from lightning.pytorch import LightningModule
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -38,6 +39,7 @@ def shard(classifier: LightningModule, staging: Staging, mesh: DeviceMesh) -> No
             f"{', '.join(loose[:5])} lies outside the modules of its stage and cannot be sharded: use strategy 'ddp', or a later "
             "stage as unfreeze_from"
         )
+    staging.backbone.to(memory_format=torch.contiguous_format)  # the only layout that FSDP2 takes
     for unit in units:
         # Each unit is its own root; by default it would stay whole after a validation.
         fully_shard(unit, mesh=data_parallel, reshard_after_forward=True)
