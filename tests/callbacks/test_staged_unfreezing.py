@@ -1,3 +1,4 @@
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from lightning.pytorch.strategies import FSDPStrategy
 
 from tests.doubles import TinyBackbone
 from tests.staged import EPOCHS, SCHEDULE, TRAINED, Watch, classifier, images, schedulers, trainer
+from tl_lightning.batch import Batch
 from tl_lightning.callbacks import StagedUnfreezing
 from tl_lightning.freezing import fingerprint
 from tl_lightning.modules import LinearProbe, PartialFineTuning
@@ -166,6 +168,24 @@ def test_rates_of_a_staged_run(photos: Path, tmp_path: Path) -> None:
     assert [group["lr"] for group in run.optimizers[0].param_groups[::2]] == [0.125, 0.0625, 0.03125], "left as it was"
     logged = {name: float(run.callback_metrics[f"lr-{name}"]) for name in ("head", "layer3", "layer2")}
     assert logged == pytest.approx({"head": 0.25, "layer3": 0.125, "layer2": 0.0625}), "what is logged is what was used"
+
+
+class Stream(torch.utils.data.IterableDataset[Batch]):
+    """Three batches, which nobody can count beforehand."""
+
+    def __iter__(self) -> Iterator[Batch]:
+        for number in range(3):
+            images = torch.rand(4, 3, 16, 16, generator=torch.Generator().manual_seed(number))
+            yield Batch(images, torch.arange(4) % 3, torch.arange(4), None)
+
+
+def test_warm_up_of_data_of_unknown_length_goes_by_epochs(tmp_path: Path) -> None:
+    watch = Watch()
+    model = classifier(lr=1.0, backbone_lr=0.5, scheduler=schedulers(0)["none"], unfreeze_from="layer3")
+    run = trainer(tmp_path, StagedUnfreezing({1: "layer3"}, warmup_epochs=2.0), watch, max_epochs=3)
+    stream: Any = torch.utils.data.DataLoader(Stream(), batch_size=None)
+    run.fit(model, stream, stream)
+    assert [step["layer3"] for step in watch.steps] == [0.0] * 3 + [0.25] * 3 + [0.5] * 3
 
 
 @pytest.mark.parametrize("name", schedulers(1))

@@ -1,5 +1,6 @@
 """Unfreeze a backbone stage by stage."""
 
+import math
 import sys
 from typing import Any
 
@@ -193,7 +194,9 @@ class StagedUnfreezing(BaseFinetuning):
 
     def _scale(self, trainer: Trainer, classifier: LightningModule, optimizer: Optimizer) -> None:
         assert isinstance(classifier, TransferClassifier)  # noqa: S101 - setup has made sure
-        share = trainer.fit_loop.epoch_loop.batch_progress.current.ready / trainer.num_training_batches
+        batches = trainer.num_training_batches
+        # A loader that does not know its length warms up by whole epochs.
+        share = trainer.fit_loop.epoch_loop.batch_progress.current.ready / batches if math.isfinite(batches) else 1.0
         self._saved_lrs = [group["lr"] for group in optimizer.param_groups]
         for group in optimizer.param_groups:
             stage = group["name"].removesuffix("_no_decay")
