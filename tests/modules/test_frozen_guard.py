@@ -51,11 +51,12 @@ def test_what_trains_is_no_drift(photos: Path, tmp_path: Path) -> None:
     trainer(tmp_path).fit(LinearProbe(TinyBackbone(), 3), images(photos))
 
 
-def test_guard_is_there_by_itself_and_once(photos: Path, tmp_path: Path) -> None:
+def test_guard_is_there_by_itself_and_once(photos: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     run = trainer(tmp_path, FrozenGuard())
     for _ in range(2):
         run.fit(LinearProbe(TinyBackbone(), 3), images(photos))
     assert sum(isinstance(callback, FrozenGuard) for callback in run.callbacks) == 1  # type: ignore[attr-defined]
+    assert "will override existing callbacks" not in caplog.text
 
 
 class CallsTrain(pl.Callback):

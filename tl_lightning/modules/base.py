@@ -200,7 +200,8 @@ class TransferClassifier(Recorded, Optimized, Evaluated):
 
     def configure_callbacks(self) -> list[Callback]:
         """Guard what is frozen, in every run, and step a schedule that waits for a plateau."""
-        return [FrozenGuard(), StepOnPlateau()]
+        present = {type(callback) for callback in self.trainer.callbacks}  # type: ignore[attr-defined]  # Lightning's own list
+        return [callback() for callback in (FrozenGuard, StepOnPlateau) if callback not in present]
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Draw dropout from the place in the run, so that a resumed run draws as an uninterrupted one."""
