@@ -23,6 +23,21 @@ class Preprocessing(NamedTuple):
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
     """Divided by per channel, on the scale [0, 1]."""
 
+    def at(self, image_size: int | None) -> "Preprocessing":
+        """Return the same for images of another size, of which the whole centre square is seen; None changes nothing.
+
+        Args:
+            image_size: Side of the square, in pixels, to which the image's shorter side is resized.
+
+        Raises:
+            ValueError: The size is below 1.
+        """
+        if image_size is None:
+            return self
+        if image_size < 1:
+            raise ValueError(f"image_size is {image_size}; it is the side of a square in pixels")
+        return self._replace(size=image_size, crop=image_size)
+
     @property
     def crop_shape(self) -> tuple[int, int]:
         """Height and width that the network sees, in pixels."""

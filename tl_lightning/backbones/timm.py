@@ -17,6 +17,8 @@ class TimmBackbone(TracedBackbone):
             ``resnet50.a1_in1k``, and decides on the preprocessing.
         weights: ``DEFAULT``, or the tag of published weights (``a1_in1k``); path of a ``.pth`` or ``.safetensors`` file
             with the model's own parameter names, with or without a classifier; or None for random weights.
+        image_size: Side in pixels of the square images that the network sees, whose centre square is then seen as a whole;
+            None takes size and crop as the weights were trained. Details smaller than a pixel need more of them.
 
     Raises:
         ValueError: Unknown model or weights, or a file that does not fit.
@@ -28,7 +30,7 @@ class TimmBackbone(TracedBackbone):
         96
     """
 
-    def __init__(self, name: str, weights: str | None = "DEFAULT") -> None:
+    def __init__(self, name: str, weights: str | None = "DEFAULT", image_size: int | None = None) -> None:
         import timm
 
         architecture, _, tag = name.partition(".")
@@ -45,17 +47,21 @@ class TimmBackbone(TracedBackbone):
             raise ValueError(f"timm publishes no weights for {architecture}; pass weights=None, or the path of a file")
         full_name = f"{architecture}.{tag}" if tag else architecture
 
+        # Networks that are built for one size, as vision transformers are, must be told; others take any.
+        cfg = timm.models.get_pretrained_cfg(full_name)
+        fixed = {"img_size": image_size} if image_size is not None and cfg is not None and cfg.fixed_input_size else {}
+
         def build(pretrained: bool) -> Any:
-            return timm.create_model(full_name, pretrained=pretrained, num_classes=0)
+            return timm.create_model(full_name, pretrained=pretrained, num_classes=0, **fixed)
 
         model = with_download(lambda: build(True), name=full_name, weights=str(weights)) if published else build(False)
         classifier = str(model.pretrained_cfg.get("classifier") or "head")
         if weights is not None and not published:
             load_file_into(model, weights, name=full_name, classifier=classifier)
         leaf_functions = timm.models.get_notrace_functions()  # type: ignore[no-untyped-call]  # timm gives it no types
-        super().__init__(model, full_name, preprocessing_of(model), leaf_functions)
+        super().__init__(model, full_name, preprocessing_of(model).at(image_size), leaf_functions)
         # A checkpoint builds the same variant again, without its published weights.
-        self.init_args = ((), {"name": full_name, "weights": weights})
+        self.init_args = ((), {"name": full_name, "weights": weights, "image_size": image_size})
 
 
 def preprocessing_of(model: Any) -> Preprocessing:

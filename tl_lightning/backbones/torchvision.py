@@ -33,6 +33,8 @@ class TorchvisionBackbone(TracedBackbone):
         weights: Name of a member of the model's weights enum (``DEFAULT``, ``IMAGENET1K_V1``, ...); path of a ``.pth`` or
             ``.safetensors`` file with the model's own parameter names, with or without a classifier; or None for random
             weights. The preprocessing is that of the member, else that of ``DEFAULT``.
+        image_size: Side in pixels of the square images that the network sees, whose centre square is then seen as a whole;
+            None takes size and crop as the weights were trained. Details smaller than a pixel need more of them.
 
     Raises:
         ValueError: Unknown model or weights, or a file that does not fit.
@@ -44,7 +46,7 @@ class TorchvisionBackbone(TracedBackbone):
         ('stem', 'layer1', 'layer2', 'layer3', 'layer4')
     """
 
-    def __init__(self, name: str, weights: str | None = "DEFAULT") -> None:
+    def __init__(self, name: str, weights: str | None = "DEFAULT", image_size: int | None = None) -> None:
         known = torchvision.models.list_models(module=torchvision.models)
         if name not in known:
             raise ValueError(unknown("model", name, known, of="torchvision"))
@@ -75,7 +77,16 @@ class TorchvisionBackbone(TracedBackbone):
         if member is None and weights is not None:
             load_file_into(model, weights, name=name, classifier=classifier)
         auxiliary = _set_aside_auxiliary_heads(model)
-        super().__init__(model, name, _preprocessing(member or published["DEFAULT"]))
+        preprocessing = _preprocessing(member or published["DEFAULT"])
+        try:
+            super().__init__(model, name, preprocessing.at(image_size))
+        except (AssertionError, RuntimeError) as error:
+            if image_size is None:
+                raise
+            raise ValueError(
+                f"torchvision's {name} takes no images of {image_size} pixels ({error}); leave image_size out, or look in "
+                "TimmBackbone for such a network of any size"
+            ) from error
         self.auxiliary = nn.ModuleDict(auxiliary)
 
     def auxiliary_heads(self) -> dict[str, AuxiliaryHead]:
