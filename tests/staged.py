@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from tests.doubles import TinyBackbone
-from tl_lightning.callbacks import StagedUnfreezing
 from tl_lightning.data import ImageFolderDataModule
 from tl_lightning.modules import PartialFineTuning
 
@@ -53,7 +52,8 @@ class Watch(pl.Callback):
         self.steps: list[dict[str, float]] = []
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
-        self.steps.append(dict(_staged(trainer).used_lrs))
+        assert isinstance(pl_module, PartialFineTuning)
+        self.steps.append(dict(pl_module.used_lrs))
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         assert isinstance(pl_module, PartialFineTuning)
@@ -63,11 +63,6 @@ class Watch(pl.Callback):
         assert moving == set(pl_module.staging.trained)
         self.trained.append(tuple(sorted(moving)))
         self.states.append(copy.deepcopy(pl_module.state_dict()))
-
-
-def _staged(trainer: pl.Trainer) -> StagedUnfreezing:
-    (found,) = [c for c in trainer.callbacks if isinstance(c, StagedUnfreezing)]  # type: ignore[attr-defined]  # Lightning's own list
-    return found
 
 
 Scheduler = Callable[[torch.optim.Optimizer], torch.optim.lr_scheduler.LRScheduler]

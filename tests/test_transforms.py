@@ -1,3 +1,6 @@
+from typing import Any
+
+import pytest
 import torch
 
 from tl_lightning.chance import seeded
@@ -37,3 +40,22 @@ def test_training_varies_and_is_a_function_of_its_seed() -> None:
 
 def test_preprocessing_is_hashable() -> None:
     assert len({Preprocessing(), Preprocessing(), Preprocessing(crop=225)}) == 2
+
+
+@pytest.mark.parametrize(("flip", "seen"), [("horizontal", 2), ("both", 4), ("none", 1)])
+def test_flips(flip: Any, seen: int) -> None:
+    """Crops keep the four quarters apart, so that their order tells which flips there were."""
+    image = torch.zeros(3, 40, 40, dtype=torch.uint8)
+    for number, (rows, columns) in enumerate([(0, 0), (0, 20), (20, 0), (20, 20)]):
+        image[:, rows : rows + 20, columns : columns + 20] = 60 * number
+    transform = train_transform(Preprocessing(32, 32, mean=(0, 0, 0), std=(1, 1, 1)), flip)
+    orders = {
+        tuple(round(float(out[0, y, x]) * 255 / 60) for y, x in ((1, 1), (1, -2), (-2, 1), (-2, -2)))
+        for out in (transform(image) for _ in range(60))
+    }
+    assert len({order for order in orders if sorted(order) == [0, 1, 2, 3]}) == seen
+
+
+def test_unknown_flip() -> None:
+    with pytest.raises(ValueError, match="flip is 'vertical'; it is one of horizontal, both, none"):
+        train_transform(Preprocessing(), "vertical")  # type: ignore[arg-type]  # the mistake

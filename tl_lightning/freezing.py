@@ -40,12 +40,16 @@ class Staging:
             keeps the statistics of pre-training, which few images would only spoil.
 
     Raises:
-        ValueError: There is no such stage, module or parameter.
+        ValueError: There is no such stage, module or parameter, or a stage is called ``head``.
     """
 
     def __init__(self, backbone: Backbone, unfreeze_from: str | int = HEAD, *, train_bn: bool = False) -> None:
         self.backbone = backbone
         self.train_bn = train_bn
+        if HEAD in backbone.stages:
+            raise ValueError(
+                f"a stage of {_name_of(backbone)} is called {HEAD!r}, which means the classifier: name it otherwise"
+            )
         stages = _divide(backbone)
         self.boundary = HEAD
         """The backbone's stage before which nothing ever trains."""
@@ -131,6 +135,8 @@ def stage_of(given: str | int, names: list[str], *, of: str, inner: Collection[s
     Raises:
         ValueError: There is no such stage.
     """
+    if isinstance(given, str) and given.isdecimal() and given not in names:
+        given = int(given)  # a command line has words only
     if isinstance(given, int):
         if not 0 <= given <= len(names):
             raise ValueError(f"the last {given} stages are to train; {of} has {len(names)}: {', '.join(names)}")

@@ -130,6 +130,8 @@ class MLPHead(nn.Module):
         super().__init__()
         if not hidden or min(hidden) < 1:
             raise ValueError(f"hidden is {list(hidden)}; it lists the width of each hidden layer, as [512, 256]")
+        if norm not in ("none", "batch", "layer"):
+            raise ValueError(f"norm is {norm!r}; it is 'none', 'batch' or 'layer'")
         norms = {"none": nn.Identity, "batch": nn.BatchNorm1d, "layer": nn.LayerNorm}
         layers: list[nn.Module] = []
         for before, width in zip((in_features, *hidden), hidden, strict=False):
@@ -162,7 +164,7 @@ class CosineHead(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(num_classes, in_features))
         nn.init.normal_(self.weight)
-        self.scale = nn.Parameter(torch.tensor([scale]))
+        self.scale = nn.Parameter(torch.tensor([float(scale)]))
 
     def forward(self, features: Tensor) -> Tensor:
         """Compute class scores."""
@@ -195,7 +197,7 @@ class ConvHead(MapHead):
         self, in_features: int, num_classes: int, channels: int = 256, kernel_size: int = 3, dropout: float = 0.0
     ) -> None:
         super().__init__()
-        if kernel_size % 2 == 0:
+        if kernel_size < 1 or kernel_size % 2 == 0:
             raise ValueError(f"kernel_size is {kernel_size}; it must be odd, as 1, 3 or 5")
         self.conv = nn.Conv2d(in_features, channels, kernel_size, padding=kernel_size // 2)
         self.dropout = nn.Dropout(dropout)

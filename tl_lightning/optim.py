@@ -37,17 +37,24 @@ def build_optimizer(
     """Build the user's optimizer, or AdamW, over the groups.
 
     Raises:
-        ValueError: The optimizer brings a learning rate of its own beside those of the groups.
+        ValueError: The optimizer brings a learning rate of its own beside those of the groups, or has lost theirs.
     """
     if optimizer is None:
         return AdamW(groups)
     built = optimizer(groups)
-    default = inspect.signature(type(built)).parameters["lr"].default
-    if built.defaults["lr"] != default and any(group["lr"] != built.defaults["lr"] for group in groups):
+    given = inspect.signature(type(built)).parameters.get("lr")
+    own = built.defaults.get("lr")
+    if given is not None and own != given.default and any(group["lr"] != own for group in groups):
         raise ValueError(
-            f"{type(built).__name__} was given lr={built.defaults['lr']}, which would be ignored: the learning rates are the "
+            f"{type(built).__name__} was given lr={own}, which would be ignored: the learning rates are the "
             f"module's own ({', '.join(sorted({str(group['lr']) for group in groups}))}). Give the rate to the module "
             "(model.init_args.lr) and leave it out of the optimizer"
+        )
+    wanted = {id(parameter): group["lr"] for group in groups for parameter in group["params"]}
+    if any(wanted.get(id(parameter)) != group["lr"] for group in built.param_groups for parameter in group["params"]):
+        raise ValueError(
+            f"{type(built).__name__} was made without the groups' learning rates; hand what the optimizer's maker is called "
+            "with to the optimizer as it is, a list of groups"
         )
     return built
 

@@ -1,9 +1,16 @@
 """Preprocessing as the weights want it, and mild augmentation."""
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torchvision.transforms import InterpolationMode, v2
+
+Flip = Literal["horizontal", "both", "none"]
+_FLIPS = {
+    "horizontal": (v2.RandomHorizontalFlip,),
+    "both": (v2.RandomHorizontalFlip, v2.RandomVerticalFlip),
+    "none": (),
+}
 
 
 class Preprocessing(NamedTuple):
@@ -63,7 +70,7 @@ def eval_transform(preprocessing: Preprocessing) -> v2.Compose:
     )
 
 
-def train_transform(preprocessing: Preprocessing) -> v2.Compose:
+def train_transform(preprocessing: Preprocessing, flip: Flip = "horizontal") -> v2.Compose:
     """Build the random transform of training: a crop of 50 to 100 % of the area, and a flip in every second image.
 
     Both draw from torch's global generator. The crop is milder than the 8 to 100 % of training from scratch
@@ -71,10 +78,17 @@ def train_transform(preprocessing: Preprocessing) -> v2.Compose:
 
     Args:
         preprocessing: What the backbone's weights want.
+        flip: ``horizontal``; ``both`` flips vertically in every second image too, for what has no upside; ``none``, for what
+            a mirror image would change, as text.
 
     Returns:
         A callable from a uint8 image (3, H, W) to a float image (3, h, w), ``(h, w)`` being the crop's shape.
+
+    Raises:
+        ValueError: The flip is none of these.
     """
+    if flip not in _FLIPS:
+        raise ValueError(f"flip is {flip!r}; it is one of {', '.join(_FLIPS)}")
     return v2.Compose(
         [
             v2.RandomResizedCrop(
@@ -83,7 +97,7 @@ def train_transform(preprocessing: Preprocessing) -> v2.Compose:
                 interpolation=InterpolationMode(preprocessing.interpolation),
                 antialias=True,
             ),
-            v2.RandomHorizontalFlip(),
+            *(step() for step in _FLIPS[flip]),
             *_to_input(preprocessing),
         ]
     )

@@ -1,40 +1,60 @@
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 
-from tests.staged import classifier, images, trainer
-from tl_lightning.callbacks import ProbeFallback, StagedUnfreezing
+from tests.staged import classifier, images, schedulers, trainer
+from tl_lightning.callbacks import EMA, ProbeFallback, StagedUnfreezing
+from tl_lightning.freezing import fingerprint
 from tl_lightning.modules import PartialFineTuning
 
 # A resumed run writes into the folder of the first.
-pytestmark = pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty:UserWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty:UserWarning"),
+    pytest.mark.filterwarnings("ignore:The dirpath has changed:UserWarning"),
+]
+
+
+SCHEDULE: dict[int, str | int] = {6: "layer1"}
 
 
 def run(
-    photos: Path, tmp_path: Path, resume: Path | None = None, **options: Any
+    photos: Path, folder: Path, resume: Path | None = None, *callbacks: pl.Callback, **options: Any
 ) -> tuple[PartialFineTuning, ProbeFallback, float]:
     fallback = ProbeFallback(options.pop("monitor", "val_accuracy"))
-    staged = StagedUnfreezing({6: "layer1"}, warmup_epochs=0)
-    epochs = options.pop("max_epochs", 10)
+    staged = StagedUnfreezing(options.pop("schedule", SCHEDULE), warmup_epochs=0)
+    of_trainer = {"max_epochs": options.pop("max_epochs", 10), "enable_checkpointing": True} | options.pop(
+        "trainer", {}
+    )
     model = classifier(lr=0.05, **options)
-    each = trainer(tmp_path, staged, fallback, max_epochs=epochs, enable_checkpointing=True)
+    each = trainer(folder, staged, fallback, *callbacks, **of_trainer)
     each.fit(model, images(photos), ckpt_path=resume, weights_only=True)
-    each.save_checkpoint(tmp_path / "end.ckpt")
-    score = trainer(tmp_path).validate(model, images(photos), verbose=False)[0]["val_accuracy"]
+    score = trainer(folder).validate(model, images(photos), verbose=False)[0]["val_accuracy"]
     return model, fallback, score
 
 
+class Validated(ModelCheckpoint):
+    """Another one beside those that Lightning tells apart."""
+
+
+def probe_of(folder: Path) -> PartialFineTuning:
+    (path,) = folder.rglob("probe.ckpt")
+    return PartialFineTuning.load_from_checkpoint(path)
+
+
+def same(first: PartialFineTuning, second: PartialFineTuning) -> bool:
+    return fingerprint(first.state_dict()) == fingerprint(second.state_dict())
+
+
 def test_probe_is_handed_back_where_fine_tuning_ends_below_it(photos: Path, tmp_path: Path) -> None:
-    with pytest.warns(UserWarning, match=r"fine-tuning ended with val_accuracy .*the probe's weights are handed back"):
+    with pytest.warns(UserWarning, match=r"fine-tuning ended with val_accuracy .*handed back. Use .*probe.ckpt"):
         model, fallback, score = run(photos, tmp_path, backbone_lr=50.0)
     assert fallback.handed_back
-    assert fallback.probe is not None
     assert score == pytest.approx(fallback.probe_score)
-    probe = PartialFineTuning.load_from_checkpoint(fallback.probe)
-    for name, tensor in probe.state_dict().items():
-        assert torch.equal(tensor, model.state_dict()[name]), name
+    assert same(probe_of(tmp_path), model)
 
 
 def test_fine_tuned_weights_stay_where_they_are_as_good(photos: Path, tmp_path: Path) -> None:
@@ -42,24 +62,97 @@ def test_fine_tuned_weights_stay_where_they_are_as_good(photos: Path, tmp_path: 
     assert not fallback.handed_back
     assert fallback.probe_score is not None
     assert score >= fallback.probe_score
-    assert fallback.probe is not None
-    probe = PartialFineTuning.load_from_checkpoint(fallback.probe)
-    assert not torch.equal(
-        probe.backbone.state_dict()["model.layer3.conv.weight"], model.backbone.state_dict()["model.layer3.conv.weight"]
-    )
+    assert not same(probe_of(tmp_path), model)
 
 
-def test_probe_is_known_after_a_resume(photos: Path, tmp_path: Path) -> None:
+def test_resumed_at_any_moment(photos: Path, tmp_path: Path) -> None:
+    """A run that is killed in its first epoch of fine-tuning goes on from the end of the probe."""
+    schedule: dict[int, str | int] = {2: "layer1"}
+    options: dict[str, Any] = {"backbone_lr": 50.0, "max_epochs": 4, "schedule": schedule}
+    keep: dict[str, Any] = {"save_top_k": -1, "dirpath": tmp_path}
+    moments = [
+        ModelCheckpoint(filename="epoch-{epoch}", save_on_train_epoch_end=True, **keep),
+        ModelCheckpoint(filename="step-{step}", every_n_train_steps=1, **keep),
+        Validated(filename="validated-{epoch}", save_on_train_epoch_end=False, **keep),
+    ]
     with pytest.warns(UserWarning, match="handed back"):
-        _, first, _ = run(photos, tmp_path, backbone_lr=50.0, max_epochs=8)
+        model, _, _ = run(photos, tmp_path, None, *moments, **options)
+    assert len(list(tmp_path.glob("validated-*.ckpt"))) == 4
+    late = [p for p in sorted(tmp_path.glob("*-*.ckpt")) if torch.load(p, weights_only=True)["global_step"] > 3]
+    assert len(late) > 12
+    for moment in late:
+        quiet = ModelCheckpoint(dirpath=tmp_path, filename="again")
+        with pytest.warns(UserWarning, match="handed back"):
+            again, fallback, _ = run(photos, tmp_path, moment, quiet, **options)
+        assert fallback.handed_back
+        assert same(again, model), moment.name
+
+
+def test_folder_is_moved(photos: Path, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"backbone_lr": 50.0, "schedule": {1: "layer1"}, "scheduler": schedulers(0)["none"]}
+    last = ModelCheckpoint(tmp_path / "a", "last")
     with pytest.warns(UserWarning, match="handed back"):
-        _, again, _ = run(photos, tmp_path, backbone_lr=50.0, resume=tmp_path / "end.ckpt", max_epochs=10)
-    assert (again.probe, again.probe_score) == (first.probe, first.probe_score)
+        run(photos, tmp_path, None, last, max_epochs=2, **options)
+    (tmp_path / "a").rename(tmp_path / "b")
+    with pytest.warns(UserWarning, match=r"handed back. Use .*/b/probe.ckpt"):
+        run(
+            photos,
+            tmp_path,
+            tmp_path / "b" / "last.ckpt",
+            ModelCheckpoint(tmp_path / "b", "last"),
+            max_epochs=3,
+            **options,
+        )
+    (tmp_path / "b" / "probe.ckpt").unlink()
+    with pytest.raises(FileNotFoundError, match="needs the probe of the run that is resumed"):
+        run(
+            photos,
+            tmp_path,
+            tmp_path / "b" / "last.ckpt",
+            ModelCheckpoint(tmp_path / "b", "x"),
+            max_epochs=4,
+            **options,
+        )
+
+
+def test_probe_is_that_of_this_run(photos: Path, tmp_path: Path) -> None:
+    """The callback used again knows nothing of the run before, and a run too short to fine-tune says so."""
+    fallback = ProbeFallback()
+    callbacks = [StagedUnfreezing({1: "layer1"}, warmup_epochs=0), fallback]
+    with pytest.warns(UserWarning, match="handed back"):
+        trainer(tmp_path, *callbacks, max_epochs=3).fit(classifier(lr=0.05, backbone_lr=50.0), images(photos))
+    model = classifier()
+    with pytest.warns(UserWarning, match="ended before fine-tuning was validated"):
+        trainer(tmp_path, *callbacks, max_epochs=1).fit(model, images(photos))
+    assert not fallback.handed_back
+    assert same(model, probe_of(tmp_path))
+
+
+def test_probe_is_the_average_where_weights_are_averaged(photos: Path, tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match="handed back"):
+        model, fallback, score = run(photos, tmp_path, None, EMA(0.9), backbone_lr=50.0)
+    assert score == pytest.approx(fallback.probe_score)
+    assert same(model, probe_of(tmp_path))
+
+
+def test_probe_is_what_was_validated(photos: Path, tmp_path: Path) -> None:
+    of_trainer = {"check_val_every_n_epoch": 2}
+    with pytest.warns(UserWarning, match="handed back"):
+        _, fallback, score = run(
+            photos, tmp_path, backbone_lr=50.0, schedule={5: "layer1"}, max_epochs=8, trainer=of_trainer
+        )
+    assert score == pytest.approx(fallback.probe_score)
 
 
 def test_wrong_use(photos: Path, tmp_path: Path) -> None:
     for callbacks in ([ProbeFallback()], [StagedUnfreezing({0: "layer3"}), ProbeFallback()]):
         with pytest.raises(ValueError, match="ProbeFallback needs epochs in which the head trains alone"):
             trainer(tmp_path, *callbacks).fit(classifier(), images(photos))
-    with pytest.raises(ValueError, match=r"compares 'val_glory', which was not logged.*val_accuracy"):
-        run(photos, tmp_path, monitor="val_glory")
+    with pytest.raises(ValueError, match=r"compares 'val_glory', which validation does not log.*val_accuracy"):
+        run(photos, tmp_path, monitor="val_glory", trainer={"limit_train_batches": 0})
+    with pytest.raises(ValueError, match="mode is 'Max'"):
+        ProbeFallback(mode="Max")  # type: ignore[arg-type]  # the mistake
+    with pytest.raises(ValueError, match="limit_val_batches is 0"):
+        run(photos, tmp_path, trainer={"limit_val_batches": 0})
+    with pytest.raises(ValueError, match="no validation before it"):
+        run(photos, tmp_path, schedule={1: "layer1"}, trainer={"check_val_every_n_epoch": 3})

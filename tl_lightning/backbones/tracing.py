@@ -16,6 +16,7 @@ MIN_STAGES = 4
 """Modules are opened until at least this many stages appear, the depth of a classic feature hierarchy."""
 
 FIRST_STAGE = "stem"
+_RESERVED = "head"  # means the classifier wherever a stage is given
 
 
 class Trace(NamedTuple):
@@ -107,7 +108,8 @@ def _starts(model: nn.Module, nodes: Sequence[fx.Node], cuts: Sequence[int]) -> 
     for previous, this in itertools.pairwise(weighty):
         between = [cut for cut in cuts if previous <= cut < this]
         if between:
-            starts.setdefault(str(nodes[this].target), between[-1])
+            name = str(nodes[this].target)
+            starts.setdefault(f"model.{name}" if name == _RESERVED else name, between[-1])
     return starts
 
 

@@ -43,6 +43,8 @@ class EMA(WeightAveraging):
             # The classifier's configure_model shards, and does nothing without a strategy for that.
             warnings.filterwarnings("ignore", "You're using the WeightAveraging callback with a model that overrides")
             super().setup(trainer, pl_module, stage)
+        self._frozen = None
+        self._latest_update_step = trainer.global_step  # else one that was used before waits for its old run's step
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Where a stage begins, let the average of what is frozen be what it is; else a re-frozen part would trail behind."""

@@ -11,80 +11,126 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from tl_lightning.callbacks.staged_unfreezing import StagedUnfreezing
 from tl_lightning.modules import TransferClassifier
 
+FILE = "probe.ckpt"
+
 
 class ProbeFallback(Callback):
     """Keep the probe when the backbone begins to train, and hand its weights back if fine-tuning ends below it.
 
-    For linear probing, then fine-tuning (https://arxiv.org/abs/2202.10054) with :class:`StagedUnfreezing`. The probe is
-    saved as ``probe.ckpt`` beside the other checkpoints, a whole classifier like them.
+    For linear probing, then fine-tuning (https://arxiv.org/abs/2202.10054) with :class:`StagedUnfreezing`. The probe, as
+    it was at the last validation before the backbone trained, is saved as ``probe.ckpt`` beside the other checkpoints, a
+    whole classifier like them. ``last.ckpt`` remains what training ended with.
 
     Args:
         monitor: The score on validation that decides.
         mode: Whether more of it is better, or less.
+
+    Raises:
+        ValueError: The mode is neither ``max`` nor ``min``.
     """
 
     def __init__(self, monitor: str = "val_accuracy", mode: Literal["max", "min"] = "max") -> None:
+        if mode not in ("max", "min"):
+            raise ValueError(f"mode is {mode!r}; it is 'max' where more of {monitor} is better, else 'min'")
         self.monitor = monitor
         self.mode = mode
-        self.probe: str | None = None
-        """Path of the probe's checkpoint, once it is there."""
+        self._forget()
+
+    def _forget(self) -> None:
         self.probe_score: float | None = None
+        self.last_score: float | None = None
         self.handed_back = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Make sure that there is a probe to fall back on.
 
         Raises:
-            ValueError: Nothing is unfrozen, or the backbone trains from the start.
+            ValueError: Nothing is unfrozen, or the backbone trains from the start, or nothing is validated.
         """
-        if stage == "fit" and self._first_epoch(trainer, pl_module) in (None, 0):
+        if stage != "fit":
+            return
+        self._forget()  # the probe of another run; that of a resumed one is loaded after this
+        if self._first_epoch(trainer, pl_module) in (None, 0):
             raise ValueError(
                 "ProbeFallback needs epochs in which the head trains alone, and others after them: add StagedUnfreezing, with "
                 "a schedule whose first epoch is above 0"
             )
+        if not trainer.limit_val_batches:
+            raise ValueError("ProbeFallback compares scores on validation, and limit_val_batches is 0")
 
-    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save the probe before the first epoch that trains the backbone.
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Note the score, and save the probe while the head trains alone.
 
         Raises:
             ValueError: There is no such score on validation.
         """
-        if trainer.current_epoch != self._first_epoch(trainer, pl_module):
+        if trainer.state.fn != "fit":
             return
         score = trainer.callback_metrics.get(self.monitor)
         if score is None:
             raise ValueError(
-                f"ProbeFallback compares {self.monitor!r}, which was not logged before epoch {trainer.current_epoch}; there are "
+                f"ProbeFallback compares {self.monitor!r}, which validation does not log; there are "
                 f"{', '.join(sorted(trainer.callback_metrics))}"
             )
-        self.probe_score = float(score)
-        self.probe = str(_folder(trainer) / "probe.ckpt")
-        trainer.save_checkpoint(self.probe, weights_only=True)
+        if trainer.sanity_checking:
+            return
+        first = self._first_epoch(trainer, pl_module)
+        if first is not None and trainer.current_epoch < first:
+            self.probe_score = float(score)
+            # Not the weights alone, for callbacks have a say in a whole checkpoint, as one that averages the weights.
+            trainer.save_checkpoint(_path(trainer), weights_only=False)
+        else:
+            self.last_score = float(score)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Make sure that the probe is there when the backbone trains: now, not when the run has ended.
+
+        Raises:
+            ValueError: The run that is resumed was not validated before this stage, or its folder has lost the probe.
+        """
+        assert isinstance(pl_module, TransferClassifier)  # noqa: S101 - StagedUnfreezing has made sure
+        if not pl_module.staging.trained or (self.probe_score is not None and batch_idx > 0):
+            return
+        if self.probe_score is None:
+            raise ValueError(
+                f"the backbone begins to train in epoch {trainer.current_epoch}, and there was no validation before it, so "
+                "ProbeFallback has no probe: validate every epoch, or let a later epoch be the first of the schedule"
+            )
+        if not _path(trainer).is_file():
+            raise FileNotFoundError(
+                f"ProbeFallback needs the probe of the run that is resumed, and {str(_path(trainer))!r} does not exist: put it "
+                "there, or leave ProbeFallback out"
+            )
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Hand the probe's weights back where that is better."""
-        score = trainer.callback_metrics.get(self.monitor)
-        if self.probe is None or self.probe_score is None or score is None:
+        if self.probe_score is None:
             return
-        better = float(score) >= self.probe_score if self.mode == "max" else float(score) <= self.probe_score
-        compared = f"fine-tuning ended with {self.monitor} {float(score):.4f}, the probe had {self.probe_score:.4f}"
-        if better:
+        if self.last_score is None:
+            rank_zero_warn(
+                "the run ended before fine-tuning was validated, so there is nothing to compare with the probe"
+            )
+            return
+        saved = torch.load(_path(trainer), map_location="cpu", weights_only=True)
+        score, probe = self.last_score, float(saved["callbacks"][self.state_key]["probe_score"])
+        compared = f"fine-tuning ended with {self.monitor} {score:.4f}, the probe had {probe:.4f}"
+        if score >= probe if self.mode == "max" else score <= probe:
             rank_zero_info(f"{compared}: the fine-tuned weights stay")
             return
-        saved = torch.load(self.probe, map_location="cpu", weights_only=True)
         pl_module.load_state_dict(saved["state_dict"])
         self.handed_back = True
         rank_zero_warn(
-            f"{compared}: the probe's weights are handed back, as in {self.probe}. Lower backbone_lr or train fewer stages"
+            f"{compared}: the probe's weights are handed back. Use {_path(trainer)}; last.ckpt is what fine-tuning ended "
+            "with. Lower backbone_lr or train fewer stages"
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """Return where the probe is and what it scored."""
-        return {"probe": self.probe, "probe_score": self.probe_score}
+        """Return what the probe scored, and what fine-tuning scored last."""
+        return {"probe_score": self.probe_score, "last_score": self.last_score}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up the probe of the run that is resumed."""
-        self.probe, self.probe_score = state_dict["probe"], state_dict["probe_score"]
+        self.probe_score, self.last_score = state_dict["probe_score"], state_dict["last_score"]
 
     def _first_epoch(self, trainer: Trainer, pl_module: LightningModule) -> int | None:
         assert isinstance(pl_module, TransferClassifier)  # noqa: S101 - StagedUnfreezing has made sure
@@ -95,8 +141,9 @@ class ProbeFallback(Callback):
         return None
 
 
-def _folder(trainer: Trainer) -> Path:
+def _path(trainer: Trainer) -> Path:
+    """Return where the probe lies: beside the other checkpoints, wherever the run's folder is now."""
     checkpoints = trainer.checkpoint_callback
     if isinstance(checkpoints, ModelCheckpoint) and checkpoints.dirpath is not None:
-        return Path(checkpoints.dirpath)
-    return Path(trainer.log_dir or trainer.default_root_dir)
+        return Path(checkpoints.dirpath) / FILE
+    return Path(trainer.log_dir or trainer.default_root_dir) / FILE

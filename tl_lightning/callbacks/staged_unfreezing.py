@@ -28,7 +28,7 @@ class StagedUnfreezing(BaseFinetuning):
     section 3.3.
 
     Args:
-        schedule: From which epoch on what trains beside the head: the name of a stage, which stands for it and all after
+        schedule: From which epoch on, counted from 0, what trains beside the head: the name of a stage, which stands for it and all after
             it; a number k for the last k stages; ``"head"`` for nothing. Before the first of these epochs, the head
             trains alone.
         warmup_epochs: Epochs over which the rates of a newly unfrozen stage rise from 0 to their value, linearly.
@@ -40,9 +40,10 @@ class StagedUnfreezing(BaseFinetuning):
 
     def __init__(self, schedule: dict[int, str | int], warmup_epochs: float = 1.0, stop_early: bool = False) -> None:
         super().__init__()
-        if not schedule or min(schedule) < 0:
+        sound = isinstance(schedule, dict) and all(type(epoch) is int and epoch >= 0 for epoch in schedule)
+        if not schedule or not sound:
             raise ValueError(f"schedule is {schedule}; it says from which epochs on what trains, as {{3: 'layer4'}}")
-        if warmup_epochs < 0:
+        if not 0 <= warmup_epochs < math.inf:
             raise ValueError(f"warmup_epochs is {warmup_epochs}; it is a number of epochs, or 0 for none")
         self.schedule = dict(sorted(schedule.items()))
         self.warmup_epochs = warmup_epochs
@@ -50,8 +51,6 @@ class StagedUnfreezing(BaseFinetuning):
         self._patience: dict[EarlyStopping, int] = {}
         self._hooks: list[RemovableHandle] = []
         self._saved_lrs: list[float] = []
-        self.used_lrs: dict[str, float] = {}
-        """Rate of each group at the last step of the optimizer, by stage; 0 for one that did not train."""
 
     def stage_at(self, epoch: int) -> str | int:
         """Return the stage from which on the backbone trains in an epoch."""
@@ -126,10 +125,19 @@ class StagedUnfreezing(BaseFinetuning):
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Go to the stage of a resumed run, and warm rates up around each step of the optimizer."""
+        """Go to the stage of a resumed run, and warm rates up around each step of the optimizer.
+
+        Raises:
+            ValueError: The optimizer does not have the groups of this library's classifiers.
+        """
         self._go_to_stage(trainer, pl_module)
         self._unhook()
         for optimizer in trainer.optimizers:
+            if any("name" not in group for group in optimizer.param_groups):
+                raise ValueError(
+                    f"{type(optimizer).__name__} has groups without a name, so their stages are not known: instead of "
+                    "configure_optimizers, override parameter_groups, or give optimizer and scheduler as arguments"
+                )
             self._hooks.append(
                 optimizer.register_step_pre_hook(lambda optimizer, *_: self._scale(trainer, pl_module, optimizer))
             )
@@ -137,30 +145,35 @@ class StagedUnfreezing(BaseFinetuning):
 
     @override
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Go to the stage of the epoch."""
+        """Go to the stage of the epoch, and say so where it is another one."""
+        assert isinstance(pl_module, TransferClassifier)  # noqa: S101 - setup has made sure
+        before = pl_module.staging.trained
         self._go_to_stage(trainer, pl_module)
+        if pl_module.staging.trained != before:
+            names = [name for name in pl_module.staging.stages if name in pl_module.staging.trained]
+            pl_module.print(
+                f"epoch {trainer.current_epoch}: the head trains{', and ' if names else ' alone'}{', '.join(names)}"
+            )
         if trainer.current_epoch == max(self.schedule):
             for stopping in self._patience:
                 stopping.wait_count = 0  # of the stage before
 
     @override
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Log the rates that were used."""
-        pl_module.log_dict({f"lr-{name}": lr for name, lr in self.used_lrs.items()})
-
-    @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Leave the optimizer and early stopping as they were."""
-        self._unhook()
-        for stopping, patience in self._patience.items():
-            stopping.patience = patience
+        self._let_go(trainer)
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Leave the optimizer as it was."""
-        for optimizer in trainer.optimizers:
-            self._restore(optimizer)
-        self._unhook()
+        """Leave the optimizer and early stopping as they were."""
+        self._let_go(trainer)
+
+    @override
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Save the user's patience, which may be on hold."""
+        for stopping, patience in self._patience.items():
+            if stopping.state_key in checkpoint.get("callbacks", {}):
+                checkpoint["callbacks"][stopping.state_key]["patience"] = patience
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -201,13 +214,18 @@ class StagedUnfreezing(BaseFinetuning):
         for group in optimizer.param_groups:
             stage = group["name"].removesuffix("_no_decay")
             group["lr"] = group["lr"] * self.warmup(stage, trainer.current_epoch, share, classifier)
-            moves = stage == HEAD or stage in classifier.staging.trained
-            self.used_lrs[stage] = float(group["lr"]) if moves else 0.0
 
     def _restore(self, optimizer: Optimizer) -> None:
         for group, lr in zip(optimizer.param_groups, self._saved_lrs, strict=False):
             group["lr"] = lr
         self._saved_lrs = []
+
+    def _let_go(self, trainer: Trainer) -> None:
+        for optimizer in trainer.optimizers:
+            self._restore(optimizer)
+        self._unhook()
+        for stopping, patience in self._patience.items():
+            stopping.patience = patience
 
     def _unhook(self) -> None:
         for hook in self._hooks:

@@ -14,7 +14,7 @@ from tl_lightning.data.loader import EpochLoader, ImageDataset, Transform
 from tl_lightning.data.order import EpochBatches
 from tl_lightning.data.provenance import Provenance, check_training_images, describe_training_images
 from tl_lightning.images import WHITE, ImageReader
-from tl_lightning.transforms import Preprocessing, eval_transform, train_transform
+from tl_lightning.transforms import Flip, Preprocessing, eval_transform, train_transform
 
 _MOST_WORKERS = 8
 _SPLITS_OF = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",)}
@@ -33,6 +33,7 @@ class ImageFolderDataModule(LightningDataModule):
         batch_size: Samples per batch and process.
         num_workers: Processes that load images, for each training process; None chooses by the number of CPUs.
         augment: Train on random crops and flips of the images; see :func:`tl_lightning.transforms.train_transform`.
+        flip: Which flips: ``horizontal``, ``both`` for what has no upside, ``none`` for what a mirror image would change.
         val_fraction: Share of all labelled images that is split off for validation where no folder gives it.
         test_fraction: Share of all labelled images that is split off for testing where no folder gives any split; 1 tests
             on all of them.
@@ -51,6 +52,7 @@ class ImageFolderDataModule(LightningDataModule):
         batch_size: int = 32,
         num_workers: int | None = None,
         augment: bool = True,
+        flip: Flip = "horizontal",
         val_fraction: float = 0.1,
         test_fraction: float = 0.1,
         background: tuple[int, int, int] = WHITE,
@@ -69,12 +71,14 @@ class ImageFolderDataModule(LightningDataModule):
                 f"val_fraction is {val_fraction} and test_fraction {test_fraction}; both are shares between 0 and 1 that "
                 "leave some images for training, or test_fraction is 1 to test on all images"
             )
+        train_transform(Preprocessing(), flip)  # raises where there is no such flip
         if not all(0 <= channel <= 255 for channel in background):
             raise ValueError(f"background is {tuple(background)}; red, green and blue go from 0 to 255")
         self.root = Path(root)
         self.batch_size = batch_size
         self.num_workers = num_workers
         self.augment = augment
+        self.flip = flip
         self.background = (background[0], background[1], background[2])
         self.seed = run_seed() if seed is None else seed
         self.preprocessing = preprocessing
@@ -139,8 +143,9 @@ class ImageFolderDataModule(LightningDataModule):
     def train_dataloader(self) -> EpochLoader:
         """Load the training images, shuffled, and augmented if so chosen."""
         preprocessing = self._known_preprocessing()
-        transform = train_transform(preprocessing) if self.augment else eval_transform(preprocessing)
+        transform = train_transform(preprocessing, self.flip) if self.augment else eval_transform(preprocessing)
         self._train_loader = self._loader(*self.splits["train"], transform, shuffle=True)
+        self._train_loader.sampler.always_the_first = self.trainer is not None and self.trainer.overfit_batches > 0
         if self._resume_at is not None:
             self._train_loader.load_state_dict(self._resume_at)
         return self._train_loader

@@ -44,6 +44,8 @@ class EpochBatches:
         self.seed = seed
         self.rank = rank
         self.world_size = world_size
+        self.always_the_first = False
+        """Repeat the order of the first epoch in every one, for a trainer that shall overfit a few batches."""
         self.epoch = 0
         self.start = 0
         per_rank = math.ceil(length / world_size)
@@ -73,7 +75,8 @@ class EpochBatches:
     def __iter__(self) -> Iterator[list[Key]]:
         """Iterate over the keys of each batch of the epoch."""
         if self.shuffle:
-            generator = torch.Generator().manual_seed(derive_seed(self.seed, "order", self.epoch))
+            epoch = 0 if self.always_the_first else self.epoch
+            generator = torch.Generator().manual_seed(derive_seed(self.seed, "order", epoch))
             order = torch.randperm(self.length, generator=generator).tolist()
         else:
             order = list(range(self.length))

@@ -59,6 +59,7 @@ class SolarCellsDataModule(ImageFolderDataModule):
             batch_size=batch_size,
             num_workers=num_workers,
             augment=augment,
+            flip="both",  # a cell has no upside
             val_fraction=val_fraction,
             test_fraction=test_fraction,
             seed=seed,

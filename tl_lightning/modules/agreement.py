@@ -1,6 +1,9 @@
-"""Whether a classifier and its data fit each other."""
+"""Whether a classifier fits its data and its trainer."""
 
 from collections.abc import Sequence
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import LearningRateFinder, StochasticWeightAveraging
 
 from tl_lightning.batch import NamesClasses, Preprocesses
 from tl_lightning.transforms import Preprocessing
@@ -48,3 +51,24 @@ def check_number(num_classes: int, names: Sequence[str] | None) -> None:
             f"num_classes is {num_classes}, and there are {len(names)} classes in the data: {', '.join(names)}; leave "
             "num_classes out on the command line, and pass num_classes=data.num_classes in Python"
         )
+
+
+def check_callbacks(trainer: Trainer) -> None:
+    """Make sure that no callback of the trainer's undoes what the classifier does.
+
+    Raises:
+        ValueError: One does.
+    """
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]  # Lightning's own list
+        if isinstance(callback, StochasticWeightAveraging):
+            raise ValueError(  # noqa: TRY004 - what is wrong is a choice of the user's
+                "StochasticWeightAveraging computes the statistics of all batch norm anew, that of frozen layers too: use "
+                "tl_lightning.callbacks.EMA to average weights"
+            )
+        if (
+            isinstance(callback, LearningRateFinder) and not callback._early_exit
+        ):  # the tuner's own ends before training
+            raise ValueError(
+                "LearningRateFinder gives every group of the optimizer the same rate, and schedules do not follow it: call "
+                "lightning.pytorch.tuner.Tuner(trainer).lr_find(model, datamodule=data) before fit, which sets model.lr"
+            )

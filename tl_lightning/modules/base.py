@@ -1,5 +1,6 @@
 """What all strategies share."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -46,8 +47,8 @@ class TransferClassifier(Recorded, Optimized, Evaluated):
         scheduler_interval: What the given scheduler counts.
 
     Raises:
-        ValueError: Fewer than two classes, another number of names than classes, or arguments that no checkpoint could
-            bring back.
+        ValueError: Fewer than two classes, another number of names than classes, a rate that is not above 0, or arguments
+            that no checkpoint could bring back.
     """
 
     def __init__(
@@ -63,6 +64,8 @@ class TransferClassifier(Recorded, Optimized, Evaluated):
         super().__init__()
         if num_classes < 2:
             raise ValueError(f"num_classes is {num_classes}; a classifier needs at least 2")
+        if not 0 < lr < math.inf:
+            raise ValueError(f"lr is {lr}; it must be above 0 and finite")
         # This layout of convolutions is up to 1.5 times faster: https://docs.pytorch.org/tutorials/intermediate/memory_format_tutorial.html
         self.backbone = backbone.to(memory_format=torch.channels_last)
         self.num_classes = num_classes
@@ -72,6 +75,7 @@ class TransferClassifier(Recorded, Optimized, Evaluated):
         self.scheduler = scheduler
         self.scheduler_interval = scheduler_interval
         self.left_out: tuple[str, ...] = ()  # of a checkpoint: arguments that it could not bring back
+        self.used_lrs = {}
         self._boundary = StepBoundary()
         agreement.check_number(self.num_classes, self.class_names)
         checkpoints.check(self)  # now, not when the first checkpoint is due
@@ -188,6 +192,7 @@ class TransferClassifier(Recorded, Optimized, Evaluated):
             keep_freed_memory()
         if stage == "fit":
             checkpoints.check(self)  # again: parts may have been replaced since
+            agreement.check_callbacks(self.trainer)
         data = getattr(self.trainer, "datamodule", None)
         agreement.check_preprocessing(data, self.backbone.preprocessing)
         if stage != "predict":
@@ -228,10 +233,20 @@ class TransferClassifier(Recorded, Optimized, Evaluated):
         if self._trainer is not None:
             self._boundary.go_back(self._trainer, checkpoint)
         checkpoint[checkpoints.KEY] = checkpoints.describe(self, checkpoint["state_dict"])
+        checkpoint[checkpoints.KEY]["total_steps"] = self.total_steps
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Go on where Lightning would go on wrongly."""
-        if self._trainer is not None and self._trainer.max_steps != -1:
+        """Go on where Lightning would go on wrongly.
+
+        Raises:
+            ValueError: The checkpoint's optimizer has other groups, since other stages may train.
+        """
+        if self._trainer is None or self.trainer.state.fn != "fit":
+            return
+        self.check_resume(
+            checkpoint.get("optimizer_states", []), checkpoint.get(checkpoints.KEY, {}).get("total_steps")
+        )
+        if self.trainer.max_steps != -1:
             finish_epoch(checkpoint)
 
     @classmethod

@@ -7,6 +7,7 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.types import LRSchedulerConfigType, OptimizerLRScheduler
+from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from tl_lightning import optim
@@ -26,7 +27,12 @@ class Optimized(LightningModule):
     scheduler_interval: Literal["epoch", "step"]
     left_out: tuple[str, ...]
     """Of a module made from a checkpoint: what the checkpoint could not bring back."""
+    used_lrs: dict[str, float]
+    """Rate of each group at the last step of the optimizer, by stage; 0 for one that does not train now."""
+    total_steps: int | None = None
+    """Steps that the default schedule is made for; None with another one."""
     _rates: tuple[float, ...] = ()
+    _resumed_steps: int | None = None
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Make the optimizer over named groups, and the schedule.
@@ -40,9 +46,14 @@ class Optimized(LightningModule):
                 f"this classifier was made from a checkpoint, which does not bring back its {' and '.join(self.left_out)}; to "
                 "train on, make the classifier with them and give the checkpoint to fit: trainer.fit(model, ckpt_path=...)"
             )
-        optimizer = optim.build_optimizer(self.parameter_groups(), self.optimizer)
+        groups = self.parameter_groups()
+        self._check_groups(groups)
+        optimizer = optim.build_optimizer(groups, self.optimizer)
+        self.used_lrs = {}
+        optimizer.register_step_post_hook(lambda optimizer, *_: self._note_rates(optimizer))
         steps = self.trainer.estimated_stepping_batches if self.scheduler is None else None
         schedule = optim.build_schedule(optimizer, self.scheduler, steps)
+        self.total_steps = None if steps is None else int(steps)
         self._rates = tuple(group.get("initial_lr", group["lr"]) for group in optimizer.param_groups)
         config: LRSchedulerConfigType = {
             "scheduler": schedule,
@@ -74,13 +85,71 @@ class Optimized(LightningModule):
             groups += optim.parameter_groups(members, name=name, lr=lr)
         return groups
 
+    def _check_groups(self, groups: list[dict[str, Any]]) -> None:
+        members = [id(parameter) for group in groups for parameter in group["params"]]
+        missing = [name for name, p in self.named_parameters() if p.requires_grad and id(p) not in set(members)]
+        if missing or len(members) != len(set(members)):
+            raise ValueError(
+                f"{', '.join(missing[:5]) or 'a parameter'} is to train and is in {'no group' if missing else 'two groups'} of the "
+                f"optimizer: look at parameter_groups() of {type(self).__name__}"
+            )
+
+    def check_resume(self, optimizer_states: list[dict[str, Any]], total_steps: int | None) -> None:
+        """Look whether a run can go on from a checkpoint.
+
+        Args:
+            optimizer_states: What the optimizers were.
+            total_steps: What the default schedule was made for.
+
+        Raises:
+            ValueError: The optimizer had other groups, since other stages may train.
+        """
+        self._resumed_steps = total_steps
+        had = [str(group.get("name")) for state in optimizer_states for group in state.get("param_groups", [])]
+        names = [str(group.get("name")) for group in self.parameter_groups()]
+        if had and had != names:
+            raise ValueError(
+                f"the run that is resumed may train {_stages(had)}, and this one {_stages(names)}: resume with the "
+                "unfreeze_from that it had, or start a new run"
+            )
+
     def on_train_start(self) -> None:
-        """Say so where a resumed run goes on with the learning rates that it had, not with those given now."""
-        for group, given in zip(self.trainer.optimizers[0].param_groups, self._rates, strict=False):
+        """Say so where a resumed run cannot go on as it was.
+
+        Raises:
+            ValueError: Another optimizer made the checkpoint's state.
+        """
+        optimizer = self.trainer.optimizers[0]
+        for group, given in zip(optimizer.param_groups, self._rates, strict=False):
+            lost = set(optimizer.defaults) - set(group)
+            if lost:
+                raise ValueError(
+                    f"the run that is resumed had another optimizer, since its state lacks {', '.join(sorted(lost))}, which "
+                    f"{type(optimizer).__name__} needs: resume with the optimizer that it had, or start a new run"
+                )
             had = group.get("initial_lr", given)
             if not math.isclose(had, given, rel_tol=1e-6):
                 rank_zero_warn(
                     f"the learning rate of {group.get('name')} is {given:g} now, and the run that is resumed had {had:g}, with which it "
                     "goes on; for another rate, start a new run"
                 )
-                return
+                break
+        if self.trainer.global_step and self._resumed_steps not in (None, self.total_steps):
+            rank_zero_warn(
+                f"the learning rates followed a schedule of {self._resumed_steps} steps before, and follow one of {self.total_steps} "
+                "now, since the length of the run, the batch size or the number of processes has changed: they jump"
+            )
+        self._resumed_steps = self.total_steps
+
+    def on_train_epoch_end(self) -> None:
+        """Log the learning rates that were used, as ``lr-<stage>``."""
+        self.log_dict({f"lr-{name}": lr for name, lr in self.used_lrs.items()}, sync_dist=True)
+
+    def _note_rates(self, optimizer: Optimizer) -> None:
+        for group in optimizer.param_groups:
+            stage = str(group.get("name")).removesuffix("_no_decay")
+            self.used_lrs[stage] = float(group["lr"]) if stage == HEAD or stage in self.staging.trained else 0.0
+
+
+def _stages(groups: list[str]) -> str:
+    return ", ".join(dict.fromkeys(name.removesuffix("_no_decay") for name in groups))

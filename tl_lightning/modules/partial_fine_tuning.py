@@ -1,6 +1,7 @@
 """Partial and full fine-tuning."""
 
 import copy
+import math
 from collections.abc import Sequence
 from typing import Literal
 
@@ -69,9 +70,9 @@ class PartialFineTuning(TransferClassifier):
             )
         if not 0 < layer_decay <= 1:
             raise ValueError(f"layer_decay is {layer_decay}; it is a factor above 0 and at most 1")
-        if backbone_lr is not None and not backbone_lr > 0:
+        if backbone_lr is not None and not 0 < backbone_lr < math.inf:
             raise ValueError(
-                f"backbone_lr is {backbone_lr}; it must be above 0. To freeze the backbone, use LinearProbe"
+                f"backbone_lr is {backbone_lr}; it must be above 0 and finite. To freeze the backbone, use LinearProbe"
             )
         factory = as_factory(head or LinearHead)
         self.make_head = factory or head or LinearHead  # construction refuses what is no factory
@@ -81,7 +82,7 @@ class PartialFineTuning(TransferClassifier):
                 "CustomHeadClassifier, or choose a head on pooled features"
             )
         super().__init__(backbone, num_classes, class_names, lr, optimizer, scheduler, scheduler_interval)
-        self.backbone_lr = lr / HEAD_TO_BACKBONE if backbone_lr is None else backbone_lr
+        self.backbone_lr = backbone_lr
         self.layer_decay = layer_decay
         self.staging = Staging(backbone, unfreeze_from, train_bn=train_bn)
         self.auxiliary_heads = nn.ModuleDict()
@@ -103,10 +104,9 @@ class PartialFineTuning(TransferClassifier):
 
     def learning_rates(self) -> dict[str, float]:
         """Return the rates of the head and of each stage that may train, from the last one on."""
+        last = self.lr / HEAD_TO_BACKBONE if self.backbone_lr is None else self.backbone_lr
         stages = reversed(self.staging.trainable)
-        return super().learning_rates() | {
-            stage: self.backbone_lr * self.layer_decay**depth for depth, stage in enumerate(stages)
-        }
+        return super().learning_rates() | {stage: last * self.layer_decay**depth for depth, stage in enumerate(stages)}
 
     def run_suffix(self, suffix: nn.Module, inputs: Tensor) -> Tensor:
         """Run the part of the backbone that may train, and in training the auxiliary heads that branch off it."""

@@ -57,8 +57,12 @@ class StepBoundary:
         extra = batches_since_step(trainer)
         if extra == 0:
             return
-        state = checkpoint["state_dict"]
-        state.update({name: buffer for name, buffer in self._buffers.items() if name in state})
+        for key in {
+            "state_dict",
+            "current_model_state",
+        } & checkpoint.keys():  # the latter beside an average of the weights
+            state = checkpoint[key]
+            state.update({name: buffer for name, buffer in self._buffers.items() if name in state})
         progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
         for counts in (progress["current"], progress["total"]):
             counts.update(dict.fromkeys(counts, counts["ready"] - extra))
