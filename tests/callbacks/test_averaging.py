@@ -1,5 +1,7 @@
 from pathlib import Path
+from typing import Any
 
+import lightning.pytorch as pl
 import pytest
 import torch
 
@@ -8,6 +10,7 @@ from tests.staged import SCHEDULE, classifier, images, trainer
 from tl_lightning.backbones import TimmBackbone
 from tl_lightning.callbacks import EMA, StagedUnfreezing
 from tl_lightning.data import ImageFolderDataModule
+from tl_lightning.freezing import fingerprint
 from tl_lightning.modules import PartialFineTuning
 
 
@@ -52,3 +55,39 @@ def test_average_is_validated_and_saved(photos: Path, tmp_path: Path) -> None:
 def test_wrong_decay() -> None:
     with pytest.raises(ValueError, match=r"decay is 1\.5; it is a share"):
         EMA(decay=1.5)
+
+
+def test_average_used_again_begins_anew(photos: Path, tmp_path: Path) -> None:
+    average = EMA(decay=0.5)
+    ends = []
+    for _ in range(2):
+        model = classifier(lr=0.05)
+        trainer(tmp_path, average, max_epochs=2).fit(model, images(photos))
+        ends.append(fingerprint(model.state_dict()))
+    assert ends[0] == ends[1]
+    assert ends[0] != fingerprint(classifier().state_dict())
+
+
+class EveryBatch(pl.Callback):
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
+        number = trainer.fit_loop.epoch_loop.batch_progress.total.ready
+        trainer.save_checkpoint(self.folder / f"{number:02}.ckpt", weights_only=False)
+
+
+def test_resumed_while_gradients_accumulate(photos: Path, tmp_path: Path) -> None:
+    """Running statistics go back to the last step in the model that trains, too."""
+
+    def fit(resume: Path | None, *callbacks: pl.Callback) -> str:
+        model = classifier(lr=0.05, train_bn=True)
+        run = trainer(tmp_path, EMA(decay=0.5), *callbacks, max_epochs=3, accumulate_grad_batches=2)
+        run.fit(model, images(photos), ckpt_path=resume, weights_only=True)
+        return fingerprint(model.state_dict())
+
+    whole = fit(None, EveryBatch(tmp_path))
+    checkpoints = sorted(tmp_path.glob("*.ckpt"))
+    assert len(checkpoints) == 9
+    for checkpoint in checkpoints[:-1]:
+        assert fit(checkpoint) == whole, checkpoint.name

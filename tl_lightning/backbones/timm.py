@@ -49,7 +49,9 @@ class TimmBackbone(TracedBackbone):
 
         # Networks that are built for one size, as vision transformers are, must be told; others take any.
         cfg = timm.models.get_pretrained_cfg(full_name)
-        fixed = {"img_size": image_size} if image_size is not None and cfg is not None and cfg.fixed_input_size else {}
+        fixed: dict[str, Any] = (
+            {"img_size": image_size} if image_size is not None and cfg is not None and cfg.fixed_input_size else {}
+        )
 
         def build(pretrained: bool) -> Any:
             return timm.create_model(full_name, pretrained=pretrained, num_classes=0, **fixed)

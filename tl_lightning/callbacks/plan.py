@@ -1,5 +1,6 @@
 """Say before training what is going to happen."""
 
+import math
 from collections.abc import Iterable, Sequence
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -7,6 +8,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from tl_lightning.callbacks.staged_unfreezing import StagedUnfreezing
 from tl_lightning.callbacks.table import print_table
 from tl_lightning.data import ImageFolderDataModule
+from tl_lightning.freezing import HEAD
 from tl_lightning.modules import TransferClassifier
 
 _NAMES_SHOWN = 12
@@ -34,49 +36,96 @@ def describe_plan(trainer: Trainer, classifier: TransferClassifier) -> dict[str,
     if isinstance(data, ImageFolderDataModule):
         rows["images"] = ", ".join(f"{len(samples.files):,} {split}" for split, samples in data.splits.items())
     rows |= _stages(trainer, classifier)
+    ever = {HEAD, *_ever_trained(trainer, classifier)}
     for optimizer in trainer.optimizers:
-        rates = {group["name"]: group.get("initial_lr", group["lr"]) for group in optimizer.param_groups}
-        shown = ", ".join(f"{name} {lr:g}" for name, lr in rates.items() if not name.endswith("_no_decay"))
+        rates = {str(group.get("name")): group.get("initial_lr", group["lr"]) for group in optimizer.param_groups}
+        shown = ", ".join(f"{name} {lr:.3g}" for name, lr in rates.items() if name in ever)
         rows["learning rates"] = f"{type(optimizer).__name__}: {shown}"
-    steps = trainer.estimated_stepping_batches
-    begun = f"from epoch {trainer.current_epoch} of " if trainer.current_epoch else ""
-    rows["length"] = f"{begun}{_count(trainer.max_epochs or 0, 'epoch')}, {_count(int(steps), 'step')}"
+    rows["schedule"] = _schedule(trainer, classifier)
+    rows["length"] = _length(trainer)
     processes = f"{trainer.world_size} processes on " if trainer.world_size > 1 else ""
     rows["device"] = f"{processes}{trainer.strategy.root_device.type}, precision {trainer.precision}"
     return rows
 
 
+def _staged(trainer: Trainer) -> StagedUnfreezing | None:
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]  # Lightning's own list
+    return next((callback for callback in callbacks if isinstance(callback, StagedUnfreezing)), None)
+
+
+def _ever_trained(trainer: Trainer, classifier: TransferClassifier) -> set[str]:
+    staged = _staged(trainer)
+    if staged is None:
+        return set(classifier.staging.trained)
+    return {name for stage in staged.schedule.values() for name in classifier.stages_from(stage)}
+
+
 def _stages(trainer: Trainer, classifier: TransferClassifier) -> dict[str, str]:
     """Say what is frozen and what is trained: in all epochs, or from which epoch on."""
     staging = classifier.staging
+    names = list(staging.stages)
     head = sum(p.numel() for name, p in classifier.named_parameters() if not name.startswith("backbone."))
 
-    def describe(names: Iterable[str]) -> str:
-        chosen = [name for name in staging.stages if name in set(names)]
+    def describe(chosen: Iterable[str]) -> str:
+        chosen = [name for name in names if name in set(chosen)]
         if not chosen:
             return f"head: {head:,} parameters"
-        return f"head: {head:,} parameters; {_span(chosen)}: {_size(classifier, chosen)}"
+        return f"head: {head:,} parameters; {_span(chosen, names)}: {_size(classifier, chosen)}"
 
-    staged = [c for c in trainer.callbacks if isinstance(c, StagedUnfreezing)]  # type: ignore[attr-defined]  # Lightning's own list
-    frozen = [name for name in staging.stages if name not in (staging.trainable if staged else staging.trained)]
     rows = {}
+    ever = _ever_trained(trainer, classifier)
+    frozen = [name for name in names if name not in ever]
     if frozen:
-        rows["frozen"] = f"{_span(frozen)}: {_size(classifier, frozen)} parameters, in eval mode"
-    if not staged:
+        rows["frozen"] = f"{_span(frozen, names)}: {_size(classifier, frozen)} parameters, in eval mode"
+        if classifier.backbone.init_args[1].get("weights", "DEFAULT") is None:
+            rows["frozen"] += ", at random: the backbone was made with weights=None"
+    staged = _staged(trainer)
+    if staged is None:
         return rows | {"trained": describe(staging.trained)}
-    schedule = {0: "head"} | staged[0].schedule
+    schedule = {0: "head"} | staged.schedule
     for epoch, stage in schedule.items():
         late = " (never: the run is shorter)" if epoch >= (trainer.max_epochs or epoch + 1) > 0 else ""
         rows[f"from epoch {epoch}"] = describe(classifier.stages_from(stage)) + late
     return rows
 
 
+def _schedule(trainer: Trainer, classifier: TransferClassifier) -> str:
+    if classifier.total_steps is not None:
+        shape = f"warm-up, then a cosine to 0 over {_count(classifier.total_steps, 'step')}"
+    else:
+        shape = ", ".join(type(config.scheduler).__name__ for config in trainer.lr_scheduler_configs) or "none"
+    staged = _staged(trainer)
+    if staged is None or not staged.warmup_epochs:
+        return shape
+    epochs = "epoch" if staged.warmup_epochs == 1 else "epochs"
+    return f"{shape}; a stage warms up over its first {staged.warmup_epochs:g} {epochs}"
+
+
+def _length(trainer: Trainer) -> str:
+    if trainer.max_epochs in (None, -1):
+        return "until it is stopped" if math.isinf(trainer.estimated_stepping_batches) else _steps(trainer)
+    begun = f"from epoch {trainer.current_epoch} of " if trainer.current_epoch else ""
+    return f"{begun}{_count(trainer.max_epochs or 0, 'epoch')}, counted from 0, {_steps(trainer)}"
+
+
+def _steps(trainer: Trainer) -> str:
+    steps = trainer.estimated_stepping_batches
+    return _count(int(steps), "step") if math.isfinite(steps) else "an unknown number of steps"
+
+
 def _count(number: int, what: str) -> str:
     return f"{number:,} {what}{'' if number == 1 else 's'}"
 
 
-def _span(names: Sequence[str]) -> str:
-    return names[0] if len(names) == 1 else f"{names[0]} to {names[-1]}"
+def _span(chosen: Sequence[str], names: Sequence[str]) -> str:
+    """Name stages in order, those that follow each other as "first to last"."""
+    parts: list[list[str]] = []
+    for name in chosen:
+        if parts and names.index(name) == names.index(parts[-1][-1]) + 1:
+            parts[-1].append(name)
+        else:
+            parts.append([name])
+    return ", ".join(part[0] if len(part) == 1 else f"{part[0]} to {part[-1]}" for part in parts)
 
 
 def _size(classifier: TransferClassifier, names: Sequence[str]) -> str:

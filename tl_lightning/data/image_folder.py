@@ -145,7 +145,8 @@ class ImageFolderDataModule(LightningDataModule):
         preprocessing = self._known_preprocessing()
         transform = train_transform(preprocessing, self.flip) if self.augment else eval_transform(preprocessing)
         self._train_loader = self._loader(*self.splits["train"], transform, shuffle=True)
-        self._train_loader.sampler.always_the_first = self.trainer is not None and self.trainer.overfit_batches > 0
+        overfit = self.trainer is not None and self.trainer.overfit_batches > 0  # type: ignore[attr-defined]  # Lightning sets it
+        self._train_loader.sampler.always_the_first = overfit
         if self._resume_at is not None:
             self._train_loader.load_state_dict(self._resume_at)
         return self._train_loader

@@ -57,11 +57,8 @@ class StepBoundary:
         extra = batches_since_step(trainer)
         if extra == 0:
             return
-        for key in {
-            "state_dict",
-            "current_model_state",
-        } & checkpoint.keys():  # the latter beside an average of the weights
-            state = checkpoint[key]
+        for key in ("state_dict", "current_model_state"):  # the latter where the former is an average of the weights
+            state = checkpoint.get(key, {})
             state.update({name: buffer for name, buffer in self._buffers.items() if name in state})
         progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
         for counts in (progress["current"], progress["total"]):
