@@ -12,6 +12,20 @@ HeadCallable = Callable[[int, int], nn.Module]
 """Called with the number of features and of classes, returns the head."""
 
 
+def check_maker(head: object) -> None:
+    """Make sure that a head is given as something to be called, not as a finished one.
+
+    Raises:
+        ValueError: It is a module, or nothing that can be called.
+    """
+    if isinstance(head, nn.Module) or not callable(head):
+        given = f"an object of {type(head).__name__}" if isinstance(head, nn.Module) else repr(head)
+        raise ValueError(  # noqa: TRY004 - what is wrong is a choice of the user's
+            f"head is {given}; give a class, as MLPHead, or functools.partial(MLPHead, hidden=[256]): it is made once the "
+            "numbers of features and classes are known"
+        )
+
+
 class Standardize(nn.Module):
     """Shift and scale features to mean 0 and standard deviation 1 by the statistics of everything seen in training.
 

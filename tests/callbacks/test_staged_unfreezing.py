@@ -1,3 +1,4 @@
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,7 @@ def test_stages_by_name_and_by_number(
     assert watch.trained == expected
 
 
+@pytest.mark.filterwarnings("ignore:the learning rates followed a schedule:UserWarning")
 def test_second_fit_goes_on_at_the_right_stage(photos: Path, tmp_path: Path) -> None:
     watch = Watch()
     run = trainer(tmp_path, StagedUnfreezing(SCHEDULE), watch, max_epochs=2)
@@ -135,6 +137,7 @@ def test_resumed_in_the_middle_of_an_epoch(photos: Path, tmp_path: Path) -> None
         assert fingerprint(resumed.state_dict()) == fingerprint(model.state_dict()), checkpoint.name
 
 
+@pytest.mark.filterwarnings("ignore:the learning rates followed a schedule:UserWarning")
 def test_schedule_is_changed_on_resume(photos: Path, tmp_path: Path) -> None:
     run(photos, tmp_path, max_epochs=2)
     _, watch = run(photos, tmp_path, tmp_path / "epoch-epoch=1.ckpt", schedule={0: "layer2", 3: "layer3"})
@@ -261,6 +264,25 @@ def test_early_stopping_waits_for_the_last_stage(stop_early: bool, epochs: int, 
     assert stopping.patience == 1
 
 
+class Stop(pl.Callback):
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.current_epoch == 1:
+            raise RuntimeError("stopped")
+
+
+def test_patience_is_the_users_whatever_happens(photos: Path, tmp_path: Path) -> None:
+    """In a checkpoint as well, since a run may go on without the callback."""
+    stopping = EarlyStopping("val_loss", patience=1)
+    keep = ModelCheckpoint(tmp_path, "first")
+    with pytest.raises(RuntimeError, match="stopped"):
+        trainer(tmp_path, StagedUnfreezing({5: "layer3"}), stopping, keep, Stop(), enable_checkpointing=True).fit(
+            classifier(), images(photos)
+        )
+    assert stopping.patience == 1
+    saved = torch.load(tmp_path / "first.ckpt", weights_only=True)["callbacks"]
+    assert saved[stopping.state_key]["patience"] == 1
+
+
 # Wrong use ------------------------------------------------------------------------------------------------------------
 
 
@@ -281,8 +303,31 @@ def test_mistakes_are_found_before_training(photos: Path, tmp_path: Path) -> Non
         fails({1: "layer3"}, photos, tmp_path, LinearProbe(TinyBackbone(), 3))
     with pytest.raises(ValueError, match=r"schedule is \{\}"):
         StagedUnfreezing({})
-    with pytest.raises(ValueError, match="warmup_epochs is -1"):
-        StagedUnfreezing({1: "layer3"}, warmup_epochs=-1)
+    wrong: list[Any] = [{"1": "layer3"}, {1.5: "layer3"}, {-1: "layer3"}, ["layer3"], {True: "layer3"}]
+    for schedule in wrong:
+        with pytest.raises(ValueError, match="it says from which epochs on what trains"):
+            StagedUnfreezing(schedule)
+    for epochs in (-1, math.inf, math.nan):
+        with pytest.raises(ValueError, match=f"warmup_epochs is {epochs}"):
+            StagedUnfreezing({1: "layer3"}, warmup_epochs=epochs)
+
+
+class OwnOptimizer(PartialFineTuning):
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.01)
+
+
+def test_optimizer_without_named_groups_is_refused(photos: Path, tmp_path: Path) -> None:
+    model = OwnOptimizer(TinyBackbone(), 3, unfreeze_from="layer3")
+    with pytest.raises(ValueError, match=r"SGD has groups without a name.*override parameter_groups"):
+        fails({1: "layer3"}, photos, tmp_path, model)
+    trainer(tmp_path, max_epochs=1).fit(OwnOptimizer(TinyBackbone(), 3, unfreeze_from="layer3"), images(photos))
+
+
+def test_new_stage_is_told(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    trainer(tmp_path, StagedUnfreezing({1: "layer2", 2: "head"}), max_epochs=3).fit(classifier(), images(photos))
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("epoch")]
+    assert lines == ["epoch 1: the head trains, and layer2, layer3", "epoch 2: the head trains alone"]
 
 
 def test_strategy_that_cannot_unfreeze_is_refused(photos: Path, tmp_path: Path) -> None:

@@ -1,15 +1,17 @@
 import functools
+import math
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.pytorch.callbacks import LearningRateFinder, StochasticWeightAveraging
 from torch import Tensor, nn
 
 from tests.doubles import TinyBackbone, image_folder
 from tests.staged import classifier, images, trainer
-from tl_lightning.backbones import Backbone, TorchvisionBackbone
+from tl_lightning.backbones import Backbone, TimmBackbone, TorchvisionBackbone
 from tl_lightning.batch import Batch
 from tl_lightning.callbacks import StagedUnfreezing
 from tl_lightning.data import ImageFolderDataModule
@@ -211,6 +213,12 @@ def test_head_of_ones_own_comes_back(photos: Path, tmp_path: Path) -> None:
         ({"layer_decay": 0.0}, "layer_decay is 0.0"),
         ({"layer_decay": 1.5}, "layer_decay is 1.5"),
         ({"backbone_lr": 0.0}, "backbone_lr is 0.0"),
+        ({"backbone_lr": math.inf}, "backbone_lr is inf"),
+        ({"lr": -0.01}, "lr is -0.01; it must be above 0"),
+        ({"lr": math.nan}, "lr is nan; it must be above 0"),
+        ({"unfreeze_from": "0"}, "nothing of the backbone would train: use LinearProbe"),
+        ({"head": MLPHead(24, 3)}, "head is an object of MLPHead; give a class, as MLPHead"),
+        ({"head": "MLPHead"}, "head is 'MLPHead'; give a class"),
         (
             {"head": lambda features, classes: nn.Linear(features, classes)},
             "lambda.*cannot be written into a checkpoint",
@@ -299,3 +307,87 @@ def test_resnet18_with_an_mlp_head(tmp_path: Path) -> None:
 def test_resnet18_with_its_last_stage_unfrozen(tmp_path: Path) -> None:
     model = PartialFineTuning(small("resnet18"), 3, unfreeze_from=1, lr=0.01)
     assert stages_of(moved(model, fit(model, tmp_path))) == {"layer4", "head"}, "a stage, not the last tensor"
+
+
+def test_number_of_stages_may_be_a_word() -> None:
+    """A command line has words only."""
+    assert classifier(unfreeze_from="2").staging.trainable == classifier(unfreeze_from=2).staging.trainable
+
+
+def test_stage_that_is_called_head_is_no_classifier() -> None:
+    backbone = TimmBackbone("test_mambaout", weights=None)
+    assert backbone.stages[-1] == "model.head"
+    model = PartialFineTuning(backbone, 2, unfreeze_from=1, lr=0.5)
+    groups = {id(p): group["lr"] for group in model.parameter_groups() for p in group["params"]}
+    assert {name: groups[id(p)] for name, p in model.named_parameters() if p.requires_grad} == {
+        name: 0.5 if name.startswith("head.") else 0.05
+        for name, _ in model.named_parameters()
+        if name.startswith(("head.", "backbone.model.head."))
+    }
+
+    backbone.stages = (*backbone.stages[:-1], "head")
+    with pytest.raises(ValueError, match="is called 'head', which means the classifier"):
+        LinearProbe(backbone, 2)
+
+
+def test_rate_of_the_backbone_follows_that_of_the_head() -> None:
+    model = classifier(lr=0.1, backbone_lr=None, layer_decay=1.0)
+    assert model.learning_rates()["layer3"] == pytest.approx(0.01)
+    model.lr = 0.5  # as Lightning's tuner does
+    assert model.learning_rates()["layer3"] == pytest.approx(0.05)
+
+
+class Forgetful(PartialFineTuning):
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        return super().parameter_groups()[1:]
+
+
+def test_parameter_in_no_group_is_found(photos: Path, tmp_path: Path) -> None:
+    model = Forgetful(TinyBackbone(), 3, unfreeze_from="layer3")
+    with pytest.raises(ValueError, match=r"head.linear.weight is to train and is in no group.*of Forgetful"):
+        trainer(tmp_path).fit(model, images(photos))
+
+
+def test_optimizer_that_loses_the_rates_is_found(photos: Path, tmp_path: Path) -> None:
+    def flat(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+        return torch.optim.SGD([parameter for group in groups for parameter in group["params"]])
+
+    with pytest.raises(ValueError, match="SGD was made without the groups' learning rates"):
+        trainer(tmp_path).fit(classifier(optimizer=flat), images(photos))
+
+
+def test_callbacks_that_cannot_work_are_refused(photos: Path, tmp_path: Path) -> None:
+    for callback, message in (
+        (StochasticWeightAveraging(1e-3), "use tl_lightning.callbacks.EMA"),
+        (LearningRateFinder(), r"call lightning.pytorch.tuner.Tuner\(trainer\).lr_find"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            trainer(tmp_path, callback).fit(classifier(), images(photos))
+
+
+def test_resuming_with_something_else_says_what(photos: Path, tmp_path: Path) -> None:
+    run = trainer(tmp_path, max_epochs=1)
+    run.fit(classifier(unfreeze_from="layer3"), images(photos))
+    run.save_checkpoint(tmp_path / "a.ckpt", weights_only=False)
+
+    def resume(**options: Any) -> None:
+        model = classifier(**({"unfreeze_from": "layer3"} | options))
+        trainer(tmp_path, max_epochs=2).fit(model, images(photos), ckpt_path=tmp_path / "a.ckpt", weights_only=True)
+
+    with pytest.raises(
+        ValueError, match="resumed may train head, layer3, and this one head, layer3, layer2: resume with"
+    ):
+        resume(unfreeze_from="layer2")
+    with pytest.raises(
+        ValueError, match="had another optimizer, since its state lacks dampening, momentum, which SGD needs"
+    ):
+        resume(optimizer=torch.optim.SGD)
+    with pytest.warns(UserWarning, match="followed a schedule of 3 steps before, and follow one of 6 now"):
+        resume()
+
+
+def test_rates_are_logged(photos: Path, tmp_path: Path) -> None:
+    run = trainer(tmp_path, max_epochs=1)
+    run.fit(classifier(scheduler=lambda o: torch.optim.lr_scheduler.ConstantLR(o, 0.5, 9)), images(photos))
+    assert float(run.callback_metrics["lr-head"]) == pytest.approx(0.005)
+    assert float(run.callback_metrics["lr-layer3"]) == pytest.approx(0.0025)

@@ -17,7 +17,7 @@ class Plateau(torch.optim.lr_scheduler.ReduceLROnPlateau):
         self.monitor = monitor
         self.seen: list[float] = []
 
-    def step(self, metrics: Any, epoch: int | None = None) -> None:
+    def step(self, metrics: Any, epoch: int | None = None) -> None:  # type: ignore[override]  # as torch does
         self.seen.append(float(metrics))
         super().step(metrics)
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from tl_lightning.backbones import Backbone
 from tl_lightning.freezing import as_frozen
-from tl_lightning.heads import HeadCallable, MapHead
+from tl_lightning.heads import HeadCallable, MapHead, check_maker
 from tl_lightning.makeup import as_factory
 from tl_lightning.modules.base import TransferClassifier
 
@@ -44,6 +44,7 @@ class CustomHeadClassifier(TransferClassifier):
         scheduler: LRSchedulerCallable | None = None,
         scheduler_interval: Literal["epoch", "step"] = "epoch",
     ) -> None:
+        check_maker(head)
         factory = as_factory(head)
         self.make_head = factory or head  # construction refuses what is no factory
         self.on_map = factory is not None and issubclass(factory.func, MapHead)  # type: ignore[arg-type]  # a class

@@ -12,7 +12,7 @@ from tl_lightning import freezing
 from tl_lightning.backbones import Backbone, Segment, stages_of
 from tl_lightning.batch import Batch
 from tl_lightning.freezing import HEAD, Staging
-from tl_lightning.heads import HeadCallable, LinearHead, MapHead, resize_last_linear
+from tl_lightning.heads import HeadCallable, LinearHead, MapHead, check_maker, resize_last_linear
 from tl_lightning.makeup import as_factory
 from tl_lightning.modules.base import TransferClassifier
 
@@ -64,7 +64,7 @@ class PartialFineTuning(TransferClassifier):
         scheduler: LRSchedulerCallable | None = None,
         scheduler_interval: Literal["epoch", "step"] = "epoch",
     ) -> None:
-        if unfreeze_from in (0, HEAD):
+        if unfreeze_from in (0, "0", HEAD):
             raise ValueError(
                 f"unfreeze_from is {unfreeze_from!r}, so nothing of the backbone would train: use LinearProbe"
             )
@@ -74,6 +74,7 @@ class PartialFineTuning(TransferClassifier):
             raise ValueError(
                 f"backbone_lr is {backbone_lr}; it must be above 0 and finite. To freeze the backbone, use LinearProbe"
             )
+        check_maker(head or LinearHead)
         factory = as_factory(head or LinearHead)
         self.make_head = factory or head or LinearHead  # construction refuses what is no factory
         if factory is not None and issubclass(factory.func, MapHead):  # type: ignore[arg-type]  # a class
