@@ -16,6 +16,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from tests.doubles import DropoutProbe, TinyBackbone
 from tests.ranks import ROOT, run_on_ranks
+from tests.staged import classifier, images, trainer
 from tl_lightning.data import ImageFolderDataModule
 from tl_lightning.freezing import fingerprint
 from tl_lightning.modules import LinearProbe
@@ -125,6 +126,47 @@ def test_resumed_from_anywhere(
     assert all(rank == ranks[0] for rank in ranks), "ranks differ"
     unvalidated = [f"step-step={8 * epoch}" for epoch in (1, 2, 3)] if "plateau" in options else []
     check(ranks[0], steps_per_epoch, unvalidated)
+
+
+class SaveWithinEachBatch(pl.Callback):
+    """Save when ``ModelCheckpoint(save_on_exception=True)`` would, wherever within a batch the run is interrupted."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def _save(self, trainer: pl.Trainer, where: str) -> None:
+        number = trainer.fit_loop.epoch_loop.batch_progress.total.ready
+        trainer.save_checkpoint(self.folder / f"{number:02}-{where}.ckpt", weights_only=False)
+
+    def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
+        self._save(trainer, "begun")
+
+    def on_before_backward(self, trainer: pl.Trainer, *_: Any) -> None:
+        self._save(trainer, "forward")
+
+    def on_after_backward(self, trainer: pl.Trainer, *_: Any) -> None:
+        self._save(trainer, "backward")
+
+    def on_before_optimizer_step(self, trainer: pl.Trainer, *_: Any) -> None:
+        self._save(trainer, "step")
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        self._save(trainer, "end")
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_interrupted_within_a_batch(accumulate: int, photos: Path, tmp_path: Path) -> None:
+    def fit(resume: Path | None, *callbacks: pl.Callback) -> str:
+        model = classifier(lr=0.05, train_bn=True)
+        run = trainer(tmp_path, *callbacks, max_epochs=2, accumulate_grad_batches=accumulate)
+        run.fit(model, images(photos), ckpt_path=resume, weights_only=True)
+        return fingerprint(model.state_dict())
+
+    whole = fit(None, SaveWithinEachBatch(tmp_path))
+    checkpoints = sorted(tmp_path.glob("*.ckpt"))
+    assert len(checkpoints) == (30 if accumulate == 1 else 28)
+    ends = {checkpoint.stem: fit(checkpoint) for checkpoint in checkpoints}
+    assert {name for name, end in ends.items() if end != whole} == set()
 
 
 def test_chance_is_really_in_the_run(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -29,7 +29,7 @@ from tl_lightning.modules.metrics import MeanLoss
 from tl_lightning.modules.optimization import Optimized
 from tl_lightning.modules.plateau import StepOnPlateau
 from tl_lightning.modules.sharding import shard
-from tl_lightning.modules.step_boundary import StepBoundary, batches_since_step, finish_epoch
+from tl_lightning.modules.step_boundary import StepBoundary, finish_epoch
 
 
 class TransferClassifier(Recorded, Optimized, Evaluated):
@@ -211,8 +211,7 @@ class TransferClassifier(Recorded, Optimized, Evaluated):
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Draw dropout from the place in the run, so that a resumed run draws as an uninterrupted one."""
         self.staging.hold()
-        if batches_since_step(self.trainer) == 1:  # the first of several that accumulate
-            self._boundary.remember(self, {f"backbone.{name}" for name in self.staging.still()})
+        self._boundary.begin(self.trainer, self, self.staging)
         seed_torch(run_seed(), "step", self.trainer.global_step, batch_idx, self.trainer.global_rank)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
