@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from tests.doubles import TINY, TinyBackbone, image_folder, save_image
+from tests.staged import classifier, images, trainer
+from tl_lightning.batch import Batch
 from tl_lightning.data import ImageFolderDataModule
 from tl_lightning.modules import LinearProbe
 
@@ -329,3 +331,24 @@ def test_resuming_on_other_images_is_refused(photos: Path, tmp_path: Path) -> No
     trainer = pl.Trainer(max_epochs=2, logger=False, enable_progress_bar=False, enable_checkpointing=False)
     with pytest.raises(ValueError, match="a resumed run would not be the same run"):
         trainer.fit(LinearProbe(TinyBackbone(), num_classes=3), data(photos, seed=2), ckpt_path=checkpoint)
+
+
+class Indices(pl.Callback):
+    def __init__(self) -> None:
+        self.seen: dict[int, list[int]] = {}
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Batch, batch_idx: int
+    ) -> None:
+        self.seen.setdefault(trainer.current_epoch, []).extend(batch.index.tolist())
+
+
+@pytest.mark.filterwarnings("ignore:You requested to overfit but enabled:UserWarning")
+def test_few_batches_to_overfit_are_the_same_in_every_epoch(photos: Path, tmp_path: Path) -> None:
+    for few, same in ((2, True), (0, False)):
+        seen = Indices()
+        trainer(tmp_path, seen, max_epochs=2, overfit_batches=few, limit_train_batches=2).fit(
+            classifier(), images(photos)
+        )
+        assert len(seen.seen[0]) == 16
+        assert (seen.seen[0] == seen.seen[1]) is same

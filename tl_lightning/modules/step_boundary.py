@@ -61,7 +61,7 @@ class StepBoundary:
         epoch_loop = trainer.fit_loop.epoch_loop
         now = epoch_loop.batch_progress.current
         every = trainer.accumulate_grad_batches
-        within = now.ready > now.processed
+        within = now.ready > now.processed  # type: ignore[attr-defined]  # a batch's progress has it
         begun = within and self._batch[0] == now.ready
         if within and not (begun and trainer.global_step > self._batch[1]):
             extra = (now.ready - 1) % every + 1
