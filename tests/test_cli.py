@@ -211,6 +211,29 @@ def test_optimizer_and_scheduler_by_class_path(photos: Path, tmp_path: Path) -> 
         main(["fit", f"--config={tmp_path / 'sgd.yaml'}"])
 
 
+def callbacks_of(folder: Path) -> list[str]:
+    found = yaml.safe_load((folder / "config.yaml").read_text())["trainer"]["callbacks"]
+    return [one["class_path"].rpartition(".")[2] for one in (found if isinstance(found, list) else [found])]
+
+
+def test_callback_without_options_may_stand_alone(photos: Path, tmp_path: Path) -> None:
+    folder = fit(photos, tmp_path, "--trainer.max_epochs=1", "--trainer.callbacks", "EMA")
+    assert callbacks_of(folder) == ["EMA"]
+    assert (folder / "checkpoints" / "best.ckpt").is_file()
+
+
+def test_second_callback_joins_the_first(photos: Path, tmp_path: Path) -> None:
+    staged = ["--model=PartialFineTuning", "--model.unfreeze_from=layer3", "--trainer.callbacks", "StagedUnfreezing"]
+    staged += [
+        "--trainer.callbacks.schedule",
+        "{1: layer3}",
+        "--trainer.callbacks=EMA",
+        "--trainer.callbacks.decay=0.9",
+    ]
+    folder = fit(photos, tmp_path, *staged)
+    assert callbacks_of(folder) == ["StagedUnfreezing", "EMA"]
+
+
 # Prediction -----------------------------------------------------------------------------------------------------------
 
 

@@ -13,6 +13,8 @@ _DEFAULT_CLASSES = {
     "any": ("--data=ImageFolderDataModule",),
 }
 
+_CALLBACKS = "--trainer.callbacks"
+
 
 def class_paths(config: Any) -> Iterator[str]:
     """Find the classes that a configuration names, at any depth; a mere string is one."""
@@ -46,11 +48,24 @@ def name_classes(args: list[str]) -> list[str]:
             files.append(match[3] if match[2] else rest.pop(0))
         else:
             others.append(arg)  # the parser will say what is missing
+    others = _append_callbacks(others)
     named = {arg.partition("=")[0].removesuffix(".class_path") for arg in others}
     named |= {f"--{key}" for file in files for key in _keys_of(Path(file), subcommand)}
     defaults = [*_DEFAULT_CLASSES.get(subcommand, ()), *_DEFAULT_CLASSES["any"]]
     added = [arg for arg in defaults if arg.partition("=")[0].partition(".")[0] not in named]
     return [subcommand, *added, *(f"--config={file}" for file in files), *others]
+
+
+def _append_callbacks(args: list[str]) -> list[str]:
+    """Let a callback join those that are named before it, where the parser would put it in their place."""
+    appended: list[str] = []
+    named = False
+    for arg, value in zip(args, [*args[1:], ""], strict=True):
+        match = re.match(rf"{_CALLBACKS}(=(.*))?$", arg)
+        is_class = match is not None and re.match(r"[A-Z]|\w+\.", match[2] if match[1] else value) is not None
+        appended.append(arg.replace(_CALLBACKS, f"{_CALLBACKS}+", 1) if is_class and named else arg)
+        named |= is_class
+    return appended
 
 
 def _keys_of(file: Path, subcommand: str) -> set[str]:

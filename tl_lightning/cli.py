@@ -182,7 +182,8 @@ class TransferCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Add the folder, loggers and callbacks that the user has not chosen."""
         config = self._get(self.config_init, "trainer")
-        own: list[Callback] = config["callbacks"] or []
+        own = config["callbacks"] or []
+        own = own if isinstance(own, list) else [own]  # one that is given alone is no list
         # Outcome and predictions speak up when the bar has been taken down, so they come after it.
         added: list[Callback] = [Plan()]
         if config["enable_progress_bar"] is not False and not any(isinstance(c, ProgressBar) for c in own):
