@@ -4,6 +4,7 @@ from pathlib import Path
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from tl_lightning.callbacks.table import print_table
 from tl_lightning.data import ImageFolderDataModule
@@ -44,8 +45,8 @@ class Outcome(Callback):
         self._rows = {}
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Say how an interrupted fit goes on."""
-        if not isinstance(exception, KeyboardInterrupt) or trainer.state.fn != "fit":
+        """Say how a fit goes on that Ctrl-C or SIGTERM, as of a cluster's scheduler, has interrupted."""
+        if not isinstance(exception, (KeyboardInterrupt, SIGTERMException)) or trainer.state.fn != "fit":
             return
         best = trainer.checkpoint_callback
         last = Path(best.dirpath or "") / "last.ckpt" if isinstance(best, ModelCheckpoint) else None
