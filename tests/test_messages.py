@@ -8,7 +8,9 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
+from tests.doubles import image_folder
 from tl_lightning.cli import main
 
 ROOT = Path(__file__).parents[1]
@@ -52,3 +54,65 @@ def test_terminated_run_says_how_it_goes_on(devices: int, photos: Path, tmp_path
     assert out.count("interrupted") == 1
     assert "the same command and --ckpt_path" in out
     assert "Traceback" not in err
+
+
+# Resuming -------------------------------------------------------------------------------------------------------------
+
+PARTIAL = ["--model=PartialFineTuning", "--model.unfreeze_from=layer2"]
+
+
+@pytest.fixture(scope="module")
+def run(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run."""
+    runs = tmp_path_factory.mktemp("messages") / "runs"
+    fit(photos, runs, *PARTIAL)
+    return runs / "version_0"
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--model=LinearProbe"], "model: PartialFineTuning in the checkpoint, LinearProbe now"),
+        (
+            ["--backbone=TorchvisionBackbone", "--backbone.name=resnet18", "--backbone.weights=null", *PARTIAL],
+            "backbone: TinyBackbone in the checkpoint, TorchvisionBackbone now",
+        ),
+        ([*PARTIAL, "--backbone.chance=0.1"], "backbone.chance: 0.3 in the checkpoint, 0.1 now"),
+        ([*PARTIAL, "--model.unfreeze_from=layer3"], "model.unfreeze_from: 'layer2' in the checkpoint, 'layer3' now"),
+        ([*PARTIAL, "--model.head=MLPHead"], "model.head: None in the checkpoint, MLPHead"),
+    ],
+)
+def test_another_model_does_not_resume(
+    options: list[str], said: str, photos: Path, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(run.parent.parent)
+    with pytest.raises(ValueError, match="was trained with another model") as caught:
+        fit(photos, tmp_path, "--ckpt_path=runs/version_0/checkpoints/last.ckpt", *options)
+    message = str(caught.value)
+    assert said in message
+    assert f"--config {Path('runs/version_0/config.yaml')}" in message
+    assert len(message.splitlines()) < 6
+    assert not list(tmp_path.iterdir())
+
+
+def test_other_classes_do_not_resume(run: Path, tmp_path: Path) -> None:
+    more = image_folder(tmp_path / "photos", {"ant": 12, "bee": 16, "cat": 13, "dog": 12})
+    with pytest.raises(ValueError, match="was trained with another model") as caught:
+        fit(more, tmp_path, f"--ckpt_path={run / 'checkpoints' / 'last.ckpt'}", *PARTIAL)
+    said = "classes of the data: 3 (ant, bee, cat) in the checkpoint, 4 (ant, bee, cat and 1 more) now"
+    assert said in str(caught.value)
+
+
+def test_other_rates_resume(photos: Path, tmp_path: Path) -> None:
+    fit(photos, tmp_path, *PARTIAL)
+    checkpoint = tmp_path / "version_0" / "checkpoints" / "last.ckpt"
+    with pytest.warns(UserWarning, match="the learning rate of layer3 is 1e-05 now"):
+        fit(
+            photos,
+            tmp_path,
+            f"--ckpt_path={checkpoint}",
+            *PARTIAL,
+            "--trainer.max_epochs=2",
+            "--model.backbone_lr=1e-5",
+        )
+    assert torch.load(checkpoint, weights_only=True)["epoch"] == 1

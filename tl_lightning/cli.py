@@ -24,6 +24,7 @@ from tl_lightning.defaults import (
 )
 from tl_lightning.modules import TransferClassifier, checkpoint
 from tl_lightning.quiet import quiet
+from tl_lightning.resuming import check_resumed
 from tl_lightning.transforms import Preprocessing
 
 _DESCRIPTIONS = {
@@ -65,6 +66,8 @@ class TransferCLI(LightningCLI):
     ``fit`` builds the model from the configuration. ``validate``, ``test`` and ``predict`` take model, classes and
     preprocessing from the checkpoint, and only images from the data.
     """
+
+    _resumed: dict[str, Any] | None = None
 
     def __init__(self, args: ArgsType = None) -> None:
         quiet()
@@ -154,7 +157,7 @@ class TransferCLI(LightningCLI):
             path = str(find_checkpoint(Path(config.default_root_dir), path))
             self.config[str(self.subcommand)]["ckpt_path"] = path
         if path is not None:
-            checkpoint.read(path)
+            self._resumed = checkpoint.read(path)
         for class_path in class_paths([self._get(self.config, "model"), self._get(self.config, "backbone")]):
             if "." in class_path:  # the user's own configuration may name any class
                 importlib.import_module(class_path.rpartition(".")[0])
@@ -171,12 +174,15 @@ class TransferCLI(LightningCLI):
                     f"model.num_classes is {typed}, and the data have {self.model.num_classes} classes "
                     f"({', '.join(self.model.class_names or ())}); leave it out, since it comes from the data"
                 )
+            if self._resumed is not None:
+                check_resumed(self._get(self.config, "ckpt_path"), self._resumed, self.model)
         else:
             self.model = TransferClassifier.load_from_checkpoint(self._get(self.config, "ckpt_path"))
             if isinstance(self.datamodule, ImageFolderDataModule):
                 self.datamodule.preprocessing = self.model.backbone.preprocessing
                 if self.model.class_names is not None:
                     self.datamodule.class_names = self.model.class_names
+        self._resumed = None  # Lightning reads it again
         self.trainer = self.instantiate_trainer()
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:

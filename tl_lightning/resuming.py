@@ -1,0 +1,94 @@
+"""Whether a run goes on with the model that its checkpoint holds."""
+
+from pathlib import Path
+from typing import Any
+
+from tl_lightning.modules import TransferClassifier
+from tl_lightning.modules import checkpoint as checkpoints
+
+_MAY_CHANGE = {"weights", "scheduler_interval"}
+_SHAPING = ("num_classes", "unfreeze_from")
+_SHOWN = 3
+
+
+def check_resumed(path: str | Path, saved: dict[str, Any], classifier: TransferClassifier) -> None:
+    """Make sure that a classifier is what a checkpoint was trained with; learning rates and the like may be others.
+
+    Args:
+        path: The checkpoint's file.
+        saved: What :func:`tl_lightning.modules.checkpoint.read` has read from it.
+        classifier: What is to be trained further.
+
+    Raises:
+        ValueError: Class, backbone, head, classes or stages are others.
+    """
+    state = classifier.state_dict()
+    was, now = saved[checkpoints.KEY], checkpoints.describe(classifier, state)
+    changed, rates = _differences(was, now)
+    shapes = {name: tuple(tensor.shape) for name, tensor in saved["state_dict"].items()}
+    now_shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    misfit = [name for name in shapes | now_shapes if shapes.get(name) != now_shapes.get(name)]
+    if misfit and not changed:
+        changed = rates or {"weights": (", ".join(misfit[:_SHOWN]), "other ones, by the code of the classes")}
+    if not changed:
+        return
+    config = Path(path).resolve().parent.parent / "config.yaml"
+    given = f", or give --config {_short(config)}" if config.is_file() else ""
+    lines = "".join(f"\n  {name}: {before} in the checkpoint, {after} now" for name, (before, after) in changed.items())
+    raise ValueError(
+        f"the checkpoint {str(path)!r} was trained with another model:{lines}\nTo resume, repeat the command of its run{given}. To train "
+        "another model, leave --ckpt_path out"
+    )
+
+
+_Changes = dict[str, tuple[str, str]]  # what was and what is, by option
+
+
+def _differences(was: dict[str, Any], now: dict[str, Any]) -> tuple[_Changes, _Changes]:
+    """Return what differs in what was described: what makes another model, and mere numbers, as learning rates."""
+    changed: _Changes = {}
+    rates: _Changes = {}
+    for key, before, after in (
+        ("model", was["model"], now["model"]),
+        ("backbone", was["model"]["backbone"], now["model"]["backbone"]),
+    ):
+        if before["class_path"] != after["class_path"]:
+            changed[key] = (_shown(before | {"init_args": {}}), _shown(after | {"init_args": {}}))
+            continue  # another class has other arguments
+        first, second = _arguments(before), _arguments(after)
+        for name in first.keys() & second.keys() - _MAY_CHANGE:  # an earlier version may have had fewer
+            pair = first[name], second[name]
+            if _shown(pair[0]) != _shown(pair[1]):
+                is_rate = key == "model" and name not in _SHAPING and all(_is_number(value) for value in pair)
+                (rates if is_rate else changed)[f"{key}.{name}"] = (_shown(pair[0]), _shown(pair[1]))
+    names = was["class_names"], now["class_names"]
+    if None not in names and names[0] != names[1]:
+        changed.pop("model.num_classes", None)
+        changed["classes of the data"] = (_listed(names[0]), _listed(names[1]))
+    return changed, rates
+
+
+def _arguments(described: dict[str, Any]) -> dict[Any, Any]:
+    return {**dict(enumerate(described.get("args", []))), **described.get("init_args", {})}
+
+
+def _is_number(value: object) -> bool:
+    return value is None or (isinstance(value, (int, float)) and not isinstance(value, bool))
+
+
+def _shown(value: Any) -> str:
+    """Return a described value as it would be typed: of a class or a factory, the name and the arguments."""
+    if isinstance(value, dict) and "class_path" in value:
+        listed = ", ".join(f"{name}={_shown(one)}" for name, one in _arguments(value).items())
+        return str(value["class_path"]).rpartition(".")[2] + (f"({listed})" if listed else "")
+    return repr(list(value) if isinstance(value, tuple) else value)
+
+
+def _listed(names: list[str]) -> str:
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return f"{len(names)} ({', '.join(names[:_SHOWN])}{more})"
+
+
+def _short(path: Path) -> Path:
+    """Return a path relative to the current folder if it lies in it."""
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
