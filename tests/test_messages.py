@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,8 @@ import torch
 
 from tests.doubles import image_folder
 from tl_lightning.cli import main
+from tl_lightning.data.loader import EpochLoader, ImageDataset
+from tl_lightning.data.order import EpochBatches
 
 ROOT = Path(__file__).parents[1]
 BACKBONE = "--backbone=tests.doubles.TinyBackbone"
@@ -54,6 +57,33 @@ def test_terminated_run_says_how_it_goes_on(devices: int, photos: Path, tmp_path
     assert out.count("interrupted") == 1
     assert "the same command and --ckpt_path" in out
     assert "Traceback" not in err
+
+
+# Data -----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_unreadable_image_is_one_line(workers: int, tmp_path: Path) -> None:
+    photos = image_folder(tmp_path / "photos", {"ant": 6, "bee": 6})
+    for broken in photos.rglob("*.png"):
+        broken.write_bytes(broken.read_bytes()[:90])
+    with pytest.raises(ValueError, match="cannot read the image") as caught:
+        fit(photos, tmp_path / "runs", f"--data.num_workers={workers}")
+    assert len(str(caught.value).splitlines()) == 1
+    shown = "".join(traceback.format_exception(caught.value))
+    assert "in read_image" in shown, "the place where it was raised is lost"
+
+
+def _fails(image: torch.Tensor) -> torch.Tensor:
+    raise LookupError("a mistake in a transform of one's own")
+
+
+def test_mistake_in_ones_own_code_keeps_its_traceback() -> None:
+    dataset = ImageDataset(lambda _: torch.zeros(3, 4, 4, dtype=torch.uint8), [0, 1], _fails, seed=0)
+    loader = EpochLoader(dataset, EpochBatches(2, 2, shuffle=False), num_workers=1, pin_memory=False)
+    with pytest.raises(LookupError, match=r"(?s)Traceback.*in _fails.*a mistake in a transform of one's own"):
+        next(iter(loader))
+    loader.close()
 
 
 # Resuming -------------------------------------------------------------------------------------------------------------

@@ -3,7 +3,6 @@
 import os
 import signal
 import sys
-from pathlib import Path
 
 
 def main() -> None:
@@ -12,6 +11,7 @@ def main() -> None:
     from lightning.pytorch.utilities.exceptions import SIGTERMException
 
     from tl_lightning.cli import main as run
+    from tl_lightning.messages import of_ours
 
     try:
         run()
@@ -19,23 +19,10 @@ def main() -> None:
         # Lightning kills the first process of a node when it finds that another has failed, so those end quietly.
         sys.exit(128 + signal.SIGTERM if os.environ.get("LOCAL_RANK", "0") == "0" else 0)
     except Exception as error:
-        message = _of_ours(error)
+        message = of_ours(error)
         if message is None or os.environ.get("TL_LIGHTNING_TRACEBACK"):
             raise
         sys.exit(f"tl-lightning: error: {message}")
-
-
-def _of_ours(error: BaseException) -> str | None:
-    """Return the message of the exception that this package raised to tell the user something, if one did."""
-    found: BaseException | None = error
-    while found is not None:
-        trace = found.__traceback__
-        while trace is not None and trace.tb_next is not None:
-            trace = trace.tb_next
-        if trace is not None and Path(trace.tb_frame.f_code.co_filename).is_relative_to(Path(__file__).parent):
-            return str(found)
-        found = found.__cause__ or found.__context__
-    return None
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import difflib
 from collections.abc import Iterable
+from pathlib import Path
 
 _LISTED = 40
 
@@ -24,3 +25,16 @@ def unknown(kind: str, given: object, allowed: Iterable[object], *, of: str = ""
     hint = f"did you mean {' or '.join(repr(name) for name in close)}? " if close else ""
     listed = ", ".join(names[:_LISTED]) + (f" and {len(names) - _LISTED} more" if len(names) > _LISTED else "")
     return f"unknown {kind} {given!r}; {hint}{of + ' has' if of else 'there are'} {listed}"
+
+
+def of_ours(error: BaseException) -> str | None:
+    """Return the message of the exception that this package raised to tell the user something, if one did."""
+    found: BaseException | None = error
+    while found is not None:
+        trace = found.__traceback__
+        while trace is not None and trace.tb_next is not None:
+            trace = trace.tb_next
+        if trace is not None and Path(trace.tb_frame.f_code.co_filename).is_relative_to(Path(__file__).parent):
+            return str(found)
+        found = found.__cause__ or found.__context__
+    return None

@@ -2,18 +2,21 @@
 
 import sys
 import time
+import traceback
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from tl_lightning.batch import PADDING, UNLABELLED, Batch
 from tl_lightning.chance import seeded
 from tl_lightning.data.order import EpochBatches, Key
+from tl_lightning.messages import of_ours
 
 _REST_S = 0.05
 _NOWHERE = (-1, 0)
@@ -60,6 +63,48 @@ class ImageDataset(Dataset[_Sample]):
         return image, target, PADDING if key.padding else key.index
 
 
+class _WorkerTraceback(Exception):
+    """Shows the traceback of a worker process as the cause of the error that is raised here."""
+
+    def __str__(self) -> str:
+        return f"\n{self.args[0]}"
+
+
+@dataclass
+class _Failure:
+    """What this package raised in a worker process, to be raised in the process that iterates.
+
+    A ``DataLoader`` would raise an error there whose message is a traceback.
+    """
+
+    error: Exception
+    traceback: str
+
+
+class _Caught(Dataset["_Sample | _Failure"]):
+    """Samples, or in worker processes what this package raised instead."""
+
+    def __init__(self, dataset: Dataset[_Sample]) -> None:
+        self.dataset = dataset
+
+    def __getitem__(self, key: Key) -> "_Sample | _Failure":
+        try:
+            return self.dataset[key]
+        except Exception as error:
+            if get_worker_info() is None or of_ours(error) is None:
+                raise
+            return _Failure(type(error)(str(error)), traceback.format_exc())
+
+
+def _collate(samples: Sequence[_Sample | _Failure]) -> Batch | _Failure:
+    made: list[_Sample] = []
+    for sample in samples:
+        if isinstance(sample, _Failure):
+            return sample
+        made.append(sample)
+    return collate(made)
+
+
 def collate(samples: Sequence[_Sample]) -> Batch:
     """Put samples into a batch of images."""
     images, targets, indices = zip(*samples, strict=True)
@@ -83,11 +128,11 @@ class EpochLoader:
         self.sampler = self.batch_sampler = batches  # where Lightning looks for set_epoch, and for shuffling
         self._consumed = 0
         self._resume_at = _NOWHERE
-        self._loader: DataLoader[_Sample] = DataLoader(
-            dataset,
+        self._loader: DataLoader[_Sample | _Failure] = DataLoader(
+            _Caught(dataset),
             batch_sampler=batches,
             num_workers=num_workers,
-            collate_fn=collate,
+            collate_fn=_collate,
             pin_memory=pin_memory,
             persistent_workers=num_workers > 0,
             generator=torch.Generator(),  # else every epoch would draw from the global generator
@@ -106,6 +151,8 @@ class EpochLoader:
         if self._loader.num_workers > 0 and self._loader._iterator is None:
             _wait_until_safe_to_fork()
         for batch in self._loader:
+            if isinstance(batch, _Failure):
+                raise batch.error from _WorkerTraceback(batch.traceback)
             self._consumed += 1
             yield batch
 
