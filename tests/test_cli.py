@@ -295,7 +295,7 @@ def test_missing_checkpoint(subcommand: str, photos: Path, capsys: pytest.Captur
 
 def test_fit_without_a_folder(capsys: pytest.CaptureFixture[str]) -> None:
     message = fails(capsys, "fit")
-    assert "the following arguments are required: root" in message
+    assert "ImageFolderDataModule needs 'root': add --data.root FOLDER" in message
     assert len(message.splitlines()) < 12, "the mistake drowns in usage"
 
 

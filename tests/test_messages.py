@@ -39,6 +39,125 @@ def fit(photos: Path, runs: Path, *more: str) -> None:
     main(["fit", BACKBONE, *common, f"--trainer.default_root_dir={runs}", *more])
 
 
+# Mistakes of the command line and of configurations --------------------------------------------------------------------
+
+PARTIAL = ["--model=PartialFineTuning", "--model.unfreeze_from=layer2"]
+STAGED = ["--trainer.callbacks=StagedUnfreezing"]
+SCHEDULE = "it is {epoch: stage}, as {3: layer4}"
+
+
+def _refused(capsys: pytest.CaptureFixture[str], *args: str) -> str:
+    with pytest.raises(SystemExit) as caught:
+        main(list(args))
+    message = capsys.readouterr().err.removeprefix("Seed set to 42\n")
+    assert caught.value.code == 2
+    assert message.startswith("tl-lightning: error: ")
+    assert len(message.splitlines()) < 6, message
+    return message
+
+
+@pytest.mark.parametrize(
+    ("options", "said", "listed"),
+    [
+        (
+            ["--model=PartialFineTuning", "--model.unfreez_from=layer4"],
+            "PartialFineTuning has no option 'unfreez_from'; did you mean 'unfreeze_from'?",
+            "fit --model.help PartialFineTuning",
+        ),
+        (
+            ["--model.unfreez_from=layer4"],
+            "LinearProbe has no option 'unfreez_from'\nPartialFineTuning has 'unfreeze_from': name the class with --model",
+            "fit --model.help LinearProbe",
+        ),
+        (["--data.rot=x"], "ImageFolderDataModule has no option 'rot'; did you mean 'root'?", "fit --data.help Image"),
+        (
+            ["--backbone.nam=x"],
+            "TorchvisionBackbone has no option 'nam'; did you mean 'name'?",
+            "fit --backbone.help T",
+        ),
+        (["--maxepochs=x"], "has no option 'maxepochs'; did you mean 'trainer.max_epochs'?", "fit --help"),
+        (
+            ["--trainer.callbacks=EMA", "--trainer.callbacks.deca=0.9"],
+            "EMA has no option 'deca'; did you mean 'decay'?",
+            "fit --trainer.callbacks.help EMA",
+        ),
+        (
+            ["--model.optimizer=SGD", "--model.optimizer.momentu=0.9"],
+            "SGD has no option 'momentu'; did you mean 'momentum'?",
+            "fit --model.optimizer.help SGD",
+        ),
+        (
+            ["--model.optimizer.lr=0.1"],
+            "has no class to go to: name the class before it, with --model.optimizer CLASS\nThe learning rate is --model.lr",
+            "fit --help",
+        ),
+    ],
+)
+def test_misspelt_option(options: list[str], said: str, listed: str, capsys: pytest.CaptureFixture[str]) -> None:
+    message = _refused(capsys, "fit", "--data.root=x", *options)
+    assert said in message
+    assert f"All options: tl-lightning {listed}" in message
+
+
+@pytest.mark.parametrize(
+    ("options", "said", "listed"),
+    [
+        ([], "ImageFolderDataModule needs 'root': add --data.root FOLDER", "--data.help ImageFolderDataModule"),
+        (
+            ["--data.root=x", "--model=PartialFineTuning"],
+            "PartialFineTuning needs 'unfreeze_from': add --model.unfreeze_from STAGE",
+            "--model.help PartialFineTuning",
+        ),
+        (
+            ["--data.root=x", *STAGED],
+            "StagedUnfreezing needs 'schedule': add --trainer.callbacks.schedule '{3: layer4}'",
+            "--trainer.callbacks.help StagedUnfreezing",
+        ),
+    ],
+)
+def test_forgotten_option(options: list[str], said: str, listed: str, capsys: pytest.CaptureFixture[str]) -> None:
+    message = _refused(capsys, "fit", *options)
+    assert said in message
+    assert f"All options: tl-lightning fit {listed}" in message
+
+
+def test_unknown_class(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (tmp_path / "wrong.yaml").write_text("model: {class_path: PartialFinetuning, init_args: {unfreeze_from: layer4}}")
+    for options in (["--model=PartialFinetuning"], [f"--config={tmp_path / 'wrong.yaml'}"]):
+        message = _refused(capsys, "fit", "--data.root=x", *options)
+        assert "unknown class 'PartialFinetuning'; did you mean 'PartialFineTuning'? --model has Custom" in message
+        assert "by its dotted path, as --model my_module.MyClass" in message
+    message = _refused(capsys, "fit", "--data.root=x", "--model=my_absent_module.Smoothed")
+    assert "--model my_absent_module.Smoothed cannot be found: No module named 'my_absent_module'" in message
+    assert str(Path.cwd()) in message
+
+
+@pytest.mark.parametrize("given", ["{conv_head: 0}", "['conv_head']"])
+def test_schedule_of_another_form(given: str, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    callback = f"{{class_path: StagedUnfreezing, init_args: {{schedule: {given}}}}}"
+    (tmp_path / "wrong.yaml").write_text(f"trainer: {{callbacks: [{callback}]}}")
+    for options in ([*STAGED, f"--trainer.callbacks.schedule={given}"], [f"--config={tmp_path / 'wrong.yaml'}"]):
+        message = _refused(capsys, "fit", "--data.root=x", *options)
+        assert SCHEDULE in message
+        assert "conv_head" in message
+
+
+def test_option_of_a_callback_that_is_not_the_last(capsys: pytest.CaptureFixture[str]) -> None:
+    config = ROOT / "configs" / "lp_ft.yaml"
+    message = _refused(capsys, "fit", f"--config={config}", "--trainer.callbacks.schedule={1: stem}")
+    assert "ProbeFallback has no option 'schedule'\nStagedUnfreezing has 'schedule'\n" in message
+    assert "go to the last callback of the list" in message
+
+
+def test_wrong_places_and_values(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (tmp_path / "wrong.yaml").write_text("model: {class_path: LinearProbe, lr: 0.1}")
+    message = _refused(capsys, "fit", "--data.root=x", f"--config={tmp_path / 'wrong.yaml'}")
+    assert "'lr' stands beside class_path in the configuration: put it under init_args" in message
+    assert "--model.lr is abc; it takes float" in _refused(capsys, "fit", "--data.root=x", "--model.lr=abc")
+    assert "--trainer.max_epochs is many; it takes int or null" in _refused(capsys, "fit", "--trainer.max_epochs=many")
+    assert "unknown command 'fitt'; did you mean 'fit'" in _refused(capsys, "fitt")
+
+
 # Runs that end early --------------------------------------------------------------------------------------------------
 
 
@@ -87,8 +206,6 @@ def test_mistake_in_ones_own_code_keeps_its_traceback() -> None:
 
 
 # Resuming -------------------------------------------------------------------------------------------------------------
-
-PARTIAL = ["--model=PartialFineTuning", "--model.unfreeze_from=layer2"]
 
 
 @pytest.fixture(scope="module")

@@ -60,7 +60,7 @@ def _append_callbacks(args: list[str]) -> list[str]:
     """Let a callback join those that are named before it, where the parser would put it in their place."""
     appended: list[str] = []
     named = False
-    for arg, value in zip(args, [*args[1:], ""], strict=True):
+    for arg, value in zip(args, [*args[1:], ""], strict=False):
         match = re.match(rf"{_CALLBACKS}(=(.*))?$", arg)
         is_class = match is not None and re.match(r"[A-Z]|\w+\.", match[2] if match[1] else value) is not None
         appended.append(arg.replace(_CALLBACKS, f"{_CALLBACKS}+", 1) if is_class and named else arg)

@@ -3,7 +3,7 @@
 import importlib
 import sys
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from lightning.pytorch import Callback, LightningDataModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
@@ -22,6 +22,7 @@ from tl_lightning.defaults import (
     default_precision,
     find_checkpoint,
 )
+from tl_lightning.mistakes import Parser
 from tl_lightning.modules import TransferClassifier, checkpoint
 from tl_lightning.quiet import quiet
 from tl_lightning.resuming import check_resumed
@@ -52,14 +53,6 @@ _TITLES = {
 """Instead of group titles that are the beginnings of docstrings, by their first word."""
 
 
-class _Parser(LightningArgumentParser):
-    """A parser that says what is wrong, without sixty lines of usage in front of it."""
-
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        sys.stderr.write(f"{self.prog}: {message}\nAll options: {self.prog} --help\n")
-        sys.exit(2)
-
-
 class TransferCLI(LightningCLI):
     """LightningCLI with a top-level ``backbone``, and with everything that follows from data and backbone linked.
 
@@ -78,7 +71,7 @@ class TransferCLI(LightningCLI):
             seed_everything_default=DEFAULT_SEED,
             parser_kwargs={name: {"description": text} for name, text in _DESCRIPTIONS.items()}
             | {"description": "Transfer learning for image classification.", "prog": "tl-lightning"},
-            parser_class=_Parser,
+            parser_class=Parser,
             args=args,
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
@@ -137,6 +130,8 @@ class TransferCLI(LightningCLI):
         """Parse the arguments; without a configuration, they need to name only what is not the default."""
         if args is None:
             args = sys.argv[1:]
+        subcommand = next((arg for arg in args if arg in _DESCRIPTIONS), "") if isinstance(args, list) else ""
+        Parser.command = f"tl-lightning {subcommand}".strip()
         self.config = parser.parse_args(name_classes(args)) if isinstance(args, list) else parser.parse_object(args)
 
     # Building -------------------------------------------------------------------------------------------------------
