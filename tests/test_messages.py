@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from tests.doubles import image_folder
 from tl_lightning.cli import main
@@ -36,7 +37,8 @@ def start(*args: str, cwd: Path) -> subprocess.Popen[str]:
 def fit(photos: Path, runs: Path, *more: str) -> None:
     """Fit by the command line, in this process."""
     common = [f"--data.root={photos}", "--data.num_workers=0", "--trainer.max_epochs=1", "--trainer.accelerator=cpu"]
-    main(["fit", BACKBONE, *common, f"--trainer.default_root_dir={runs}", *more])
+    backbone = [] if any(option.startswith("--backbone") for option in more) else [BACKBONE]
+    main(["fit", *backbone, *common, f"--trainer.default_root_dir={runs}", *more])
 
 
 # Mistakes of the command line and of configurations --------------------------------------------------------------------
@@ -158,6 +160,19 @@ def test_wrong_places_and_values(capsys: pytest.CaptureFixture[str], tmp_path: P
     assert "unknown command 'fitt'; did you mean 'fit'" in _refused(capsys, "fitt")
 
 
+def test_another_backbone_takes_no_argument_of_that_in_the_configuration(photos: Path, tmp_path: Path) -> None:
+    config = tmp_path / "resnet.yaml"
+    arguments = "{name: resnet50, weights: x.pth, image_size: 64}"
+    config.write_text(f"backbone: {{class_path: TorchvisionBackbone, init_args: {arguments}}}")
+    for number, named in enumerate((["--backbone", "EfficientNetLite"], ["--backbone=EfficientNetLite"])):
+        fit(photos, tmp_path / "runs", f"--config={config}", *named)
+        saved = yaml.safe_load((tmp_path / "runs" / f"version_{number}" / "config.yaml").read_text())
+        expected = {"name": "efficientnet_lite0", "weights": "DEFAULT", "image_size": None}
+        assert saved["backbone"]["init_args"] == expected
+    with pytest.raises(ValueError, match=r"x\.pth' does not exist"):  # of the same class, they stay
+        fit(photos, tmp_path / "runs", f"--config={config}", "--backbone=tl_lightning.backbones.TorchvisionBackbone")
+
+
 # Runs that end early --------------------------------------------------------------------------------------------------
 
 
@@ -224,7 +239,7 @@ def run(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
             ["--backbone=TorchvisionBackbone", "--backbone.name=resnet18", "--backbone.weights=null", *PARTIAL],
             "backbone: TinyBackbone in the checkpoint, TorchvisionBackbone now",
         ),
-        ([*PARTIAL, "--backbone.chance=0.1"], "backbone.chance: 0.3 in the checkpoint, 0.1 now"),
+        ([BACKBONE, *PARTIAL, "--backbone.chance=0.1"], "backbone.chance: 0.3 in the checkpoint, 0.1 now"),
         ([*PARTIAL, "--model.unfreeze_from=layer3"], "model.unfreeze_from: 'layer2' in the checkpoint, 'layer3' now"),
         ([*PARTIAL, "--model.head=MLPHead"], "model.head: None in the checkpoint, MLPHead"),
     ],

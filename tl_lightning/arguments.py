@@ -49,11 +49,33 @@ def name_classes(args: list[str]) -> list[str]:
         else:
             others.append(arg)  # the parser will say what is missing
     others = _append_callbacks(others)
+    configs = [_read(Path(file), subcommand) for file in files]
     named = {arg.partition("=")[0].removesuffix(".class_path") for arg in others}
-    named |= {f"--{key}" for file in files for key in _keys_of(Path(file), subcommand)}
+    named |= {f"--{key}" for config in configs for key in config}
     defaults = [*_DEFAULT_CLASSES.get(subcommand, ()), *_DEFAULT_CLASSES["any"]]
     added = [arg for arg in defaults if arg.partition("=")[0].partition(".")[0] not in named]
-    return [subcommand, *added, *(f"--config={file}" for file in files), *others]
+    forgotten = ["--backbone=null"] if subcommand == "fit" and _is_replaced("backbone", configs, others) else []
+    return [subcommand, *added, *(f"--config={file}" for file in files), *forgotten, *others]
+
+
+def _is_replaced(key: str, configs: list[dict[str, Any]], args: list[str]) -> bool:
+    """Return whether arguments name another class than the configuration.
+
+    The parser would hand the new class those arguments of the old one that have the same names, as a network's ``name``.
+    """
+    configured = next((name for config in reversed(configs) for name in class_paths(config.get(key))), None)
+    given = next(
+        (
+            (rest or value).strip()
+            for arg, value in zip(args, [*args[1:], ""], strict=False)
+            for option, _, rest in [arg.partition("=")]
+            if option.removesuffix(".class_path") == f"--{key}"
+        ),
+        None,
+    )
+    if configured is None or given is None or re.fullmatch(r"[\w.]+", given) is None:
+        return False
+    return configured.rpartition(".")[2] != given.rpartition(".")[2]
 
 
 def _append_callbacks(args: list[str]) -> list[str]:
@@ -68,12 +90,13 @@ def _append_callbacks(args: list[str]) -> list[str]:
     return appended
 
 
-def _keys_of(file: Path, subcommand: str) -> set[str]:
-    """Return the top-level keys of a configuration file; none if it cannot be read, which the parser will report."""
+def _read(file: Path, subcommand: str) -> dict[str, Any]:
+    """Return what a configuration file has at its top; nothing if it cannot be read, which the parser will report."""
     try:
         config = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError):
-        return set()
+        return {}
     if not isinstance(config, dict):
-        return set()
-    return set(config) | set(config.get(subcommand) or ())
+        return {}
+    own = config.get(subcommand)
+    return config | (own if isinstance(own, dict) else {})
