@@ -13,6 +13,7 @@ import torch
 import yaml
 
 from tests.doubles import image_folder
+from tl_lightning.callbacks.table import print_table
 from tl_lightning.cli import main
 from tl_lightning.data.loader import EpochLoader, ImageDataset
 from tl_lightning.data.order import EpochBatches
@@ -191,6 +192,33 @@ def test_terminated_run_says_how_it_goes_on(devices: int, photos: Path, tmp_path
     assert out.count("interrupted") == 1
     assert "the same command and --ckpt_path" in out
     assert "Traceback" not in err
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_paths_are_not_broken(
+    inside: bool, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    runs = tmp_path / ("long-name-" * 8) / "runs [v2]"
+    runs.parent.mkdir()
+    monkeypatch.chdir(runs.parent if inside else tmp_path.parent)
+    fit(photos, runs if inside else runs.absolute())
+    folder = runs / "version_0"
+    shown = folder.relative_to(Path.cwd())
+    printed = capsys.readouterr().out.splitlines()
+    assert f"  best model   {shown / 'checkpoints' / 'best.ckpt'}" in printed
+    assert f"  outputs      {shown}" in printed
+
+
+def test_long_rows_are_wrapped(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "40")
+    print_table("title", {"a": "word " * 12, "name": "[red]"})
+    assert capsys.readouterr().out.splitlines() == [
+        "title",
+        "  a     word word word word word word",
+        "        word word word word word word",
+        "  name  [red]",
+    ]
 
 
 # Data -----------------------------------------------------------------------------------------------------------------

@@ -27,6 +27,12 @@ def unknown(kind: str, given: object, allowed: Iterable[object], *, of: str = ""
     return f"unknown {kind} {given!r}; {hint}{of + ' has' if of else 'there are'} {listed}"
 
 
+def short_path(path: str | Path) -> str:
+    """Return a path as it is typed from the current folder, if it lies in it."""
+    here = Path.cwd()
+    return str(Path(path).relative_to(here)) if Path(path).is_relative_to(here) else str(path)
+
+
 def of_ours(error: BaseException) -> str | None:
     """Return the message of the exception that this package raised to tell the user something, if one did."""
     found: BaseException | None = error

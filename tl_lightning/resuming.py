@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from tl_lightning.messages import short_path
 from tl_lightning.modules import TransferClassifier
 from tl_lightning.modules import checkpoint as checkpoints
 
@@ -33,7 +34,7 @@ def check_resumed(path: str | Path, saved: dict[str, Any], classifier: TransferC
     if not changed:
         return
     config = Path(path).resolve().parent.parent / "config.yaml"
-    given = f", or give --config {_short(config)}" if config.is_file() else ""
+    given = f", or give --config {short_path(config)}" if config.is_file() else ""
     lines = "".join(f"\n  {name}: {before} in the checkpoint, {after} now" for name, (before, after) in changed.items())
     raise ValueError(
         f"the checkpoint {str(path)!r} was trained with another model:{lines}\nTo resume, repeat the command of its run{given}. To train "
@@ -87,8 +88,3 @@ def _shown(value: Any) -> str:
 def _listed(names: list[str]) -> str:
     more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
     return f"{len(names)} ({', '.join(names[:_SHOWN])}{more})"
-
-
-def _short(path: Path) -> Path:
-    """Return a path relative to the current folder if it lies in it."""
-    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path

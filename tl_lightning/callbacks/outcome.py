@@ -1,5 +1,6 @@
 """Say what came out of a run and where it lies."""
 
+import shlex
 from pathlib import Path
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -8,6 +9,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from tl_lightning.callbacks.table import print_table
 from tl_lightning.data import ImageFolderDataModule
+from tl_lightning.messages import short_path
 
 _WORDS = {"val": "validation", "test": "test", "f1": "macro F1"}
 
@@ -51,7 +53,9 @@ class Outcome(Callback):
         best = trainer.checkpoint_callback
         last = Path(best.dirpath or "") / "last.ckpt" if isinstance(best, ModelCheckpoint) else None
         if last is not None and last.is_file():
-            print_table("interrupted", {"go on with": f"the same command and --ckpt_path {last}"})
+            print_table(
+                "interrupted", {"go on with": f"the same command and --ckpt_path {shlex.quote(short_path(last))}"}
+            )
         else:
             print_table("interrupted", {"saved": "nothing yet: checkpoints are written after each epoch"})
 

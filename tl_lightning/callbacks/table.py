@@ -1,19 +1,32 @@
 """Small tables on the terminal."""
 
+import os
+import textwrap
 from collections.abc import Mapping
 
 from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
+
+from tl_lightning.messages import short_path
 
 
 @rank_zero_only
 def print_table(title: str, rows: Mapping[str, str]) -> None:
-    """Print rows of a name and a value; what they hold is shown to the letter."""
-    table = Table(title=title, title_justify="left", show_header=False, box=None, padding=(0, 2, 0, 2))
-    table.add_column(style="cyan", no_wrap=True)
-    table.add_column(overflow="fold")
+    """Print rows of a name and a value; what they hold is shown to the letter.
+
+    A value with a path in it stays on one line, however long, so that it can be copied; a path in the current folder is
+    shown from there.
+    """
+    console = Console()
+    margin = 2 + max(map(len, rows), default=0) + 2
+    console.print(Text(title, style="italic"))
     for name, value in rows.items():
-        table.add_row(Text(name), Text(value))
-    Console().print(table)
+        lines = [short_path(value)] if os.sep in value else _wrapped(value, console.width - margin)
+        for number, line in enumerate(lines):
+            label = f"  {name}" if number == 0 else ""
+            console.print(Text.assemble((label.ljust(margin), "cyan"), line), soft_wrap=True)
+
+
+def _wrapped(value: str, width: int) -> list[str]:
+    return textwrap.wrap(value, max(width, 20), break_on_hyphens=False) or [""]
