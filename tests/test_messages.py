@@ -17,6 +17,7 @@ from tl_lightning.callbacks.table import print_table
 from tl_lightning.cli import main
 from tl_lightning.data.loader import EpochLoader, ImageDataset
 from tl_lightning.data.order import EpochBatches
+from tl_lightning.defaults import give_back_folder
 
 ROOT = Path(__file__).parents[1]
 BACKBONE = "--backbone=tests.doubles.TinyBackbone"
@@ -40,6 +41,14 @@ def fit(photos: Path, runs: Path, *more: str) -> None:
     common = [f"--data.root={photos}", "--data.num_workers=0", "--trainer.max_epochs=1", "--trainer.accelerator=cpu"]
     backbone = [] if any(option.startswith("--backbone") for option in more) else [BACKBONE]
     main(["fit", *backbone, *common, f"--trainer.default_root_dir={runs}", *more])
+
+
+@pytest.fixture(scope="module")
+def run(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run."""
+    runs = tmp_path_factory.mktemp("messages") / "runs"
+    fit(photos, runs, *PARTIAL)
+    return runs / "version_0"
 
 
 # Mistakes of the command line and of configurations --------------------------------------------------------------------
@@ -174,6 +183,29 @@ def test_another_backbone_takes_no_argument_of_that_in_the_configuration(photos:
         fit(photos, tmp_path / "runs", f"--config={config}", "--backbone=tl_lightning.backbones.TorchvisionBackbone")
 
 
+def test_refused_run_leaves_no_folder(photos: Path, run: Path, tmp_path: Path) -> None:
+    for message, options in (
+        ("ProbeFallback needs epochs", ["--trainer.callbacks=ProbeFallback"]),
+        ("none for 'test'", ["--data.test_fraction=0", "--test_after_fit=true"]),
+    ):
+        with pytest.raises(ValueError, match=message):
+            fit(photos, tmp_path / "runs", *options)
+        assert not list((tmp_path / "runs").iterdir())
+    other = image_folder(tmp_path / "other", {"dog": 3, "eel": 3})
+    checkpoint = f"--ckpt_path={run / 'checkpoints' / 'last.ckpt'}"
+    with pytest.raises(ValueError, match="unknown class"):
+        main(["test", f"--data.root={other}", checkpoint, f"--trainer.default_root_dir={tmp_path / 'runs'}"])
+    assert not list((tmp_path / "runs").iterdir())
+    with pytest.raises(RuntimeError, match="no_such_score"):
+        fit(photos, tmp_path, "--trainer.callbacks=EarlyStopping", "--trainer.callbacks.monitor=no_such_score")
+    assert (tmp_path / "version_0" / "config.yaml").is_file(), "this one has trained"
+    kept = tmp_path / "version_1"
+    kept.mkdir()
+    (kept / "notes.txt").touch()
+    give_back_folder(kept)
+    assert kept.is_dir(), "of somebody else"
+
+
 # Runs that end early --------------------------------------------------------------------------------------------------
 
 
@@ -249,14 +281,6 @@ def test_mistake_in_ones_own_code_keeps_its_traceback() -> None:
 
 
 # Resuming -------------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def run(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a run."""
-    runs = tmp_path_factory.mktemp("messages") / "runs"
-    fit(photos, runs, *PARTIAL)
-    return runs / "version_0"
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The words of a command line, before the parser sees them."""
+"""The words of a command line: what the help says, and what the user says, before the parser sees it."""
 
 import re
 from collections.abc import Iterator
@@ -7,6 +7,30 @@ from typing import Any
 
 import yaml
 from jsonargparse import Namespace
+
+DESCRIPTIONS = {
+    "fit": "Train a classifier on a folder of images.",
+    "validate": "Score a checkpoint on the validation images.",
+    "test": "Score a checkpoint on the test images.",
+    "predict": "Write predictions.csv for a folder of images, nested or flat.",
+}
+"""Of the subcommands."""
+
+HELP = {
+    "ckpt_path": "Checkpoint: a file, or 'last' or 'best' for that of the newest run.",
+    "weights_only": "Read checkpoints without executing anything in them.",
+    "trainer.default_root_dir": "Folder of the runs, each of which gets a folder version_N in it.",
+}
+"""Instead of what Lightning's docstrings say."""
+
+TITLES = {
+    "An": "The network",
+    "A": "The images",
+    "Train": "The strategy",
+    "Customize": "The trainer, which is Lightning's",
+    **dict.fromkeys(("Runs", "Perform", "Run"), "The run"),
+}
+"""Instead of group titles that are the beginnings of docstrings, by their first word."""
 
 _DEFAULT_CLASSES = {
     "fit": ("--backbone=TorchvisionBackbone", "--backbone.name=resnet50", "--model=LinearProbe"),

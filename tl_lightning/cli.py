@@ -9,7 +9,7 @@ from lightning.pytorch import Callback, LightningDataModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 
-from tl_lightning.arguments import class_paths, name_classes
+from tl_lightning.arguments import DESCRIPTIONS, HELP, TITLES, class_paths, name_classes
 from tl_lightning.backbones import Backbone
 from tl_lightning.callbacks import Outcome, Plan, PredictionWriter, Progress
 from tl_lightning.chance import DEFAULT_SEED
@@ -21,36 +21,13 @@ from tl_lightning.defaults import (
     default_loggers,
     default_precision,
     find_checkpoint,
+    give_back_folder,
 )
 from tl_lightning.mistakes import Parser
 from tl_lightning.modules import TransferClassifier, checkpoint
 from tl_lightning.quiet import quiet
 from tl_lightning.resuming import check_resumed
 from tl_lightning.transforms import Preprocessing
-
-_DESCRIPTIONS = {
-    "fit": "Train a classifier on a folder of images.",
-    "validate": "Score a checkpoint on the validation images.",
-    "test": "Score a checkpoint on the test images.",
-    "predict": "Write predictions.csv for a folder of images, nested or flat.",
-}
-
-
-_HELP = {
-    "ckpt_path": "Checkpoint: a file, or 'last' or 'best' for that of the newest run.",
-    "weights_only": "Read checkpoints without executing anything in them.",
-    "trainer.default_root_dir": "Folder of the runs, each of which gets a folder version_N in it.",
-}
-"""Instead of what Lightning's docstrings say."""
-
-_TITLES = {
-    "An": "The network",
-    "A": "The images",
-    "Train": "The strategy",
-    "Customize": "The trainer, which is Lightning's",
-    **dict.fromkeys(("Runs", "Perform", "Run"), "The run"),
-}
-"""Instead of group titles that are the beginnings of docstrings, by their first word."""
 
 
 class TransferCLI(LightningCLI):
@@ -61,21 +38,27 @@ class TransferCLI(LightningCLI):
     """
 
     _resumed: dict[str, Any] | None = None
+    _claimed: Path | None = None
 
     def __init__(self, args: ArgsType = None) -> None:
         quiet()
-        super().__init__(
-            save_config_callback=SaveConfig,
-            save_config_kwargs={"overwrite": True},  # a resumed run goes on in its own folder
-            trainer_defaults={"max_epochs": 10, "default_root_dir": "runs", "enable_model_summary": False},
-            seed_everything_default=DEFAULT_SEED,
-            parser_kwargs={name: {"description": text} for name, text in _DESCRIPTIONS.items()}
-            | {"description": "Transfer learning for image classification.", "prog": "tl-lightning"},
-            parser_class=Parser,
-            args=args,
-            auto_configure_optimizers=False,
-            load_from_checkpoint_support=False,
-        )
+        try:
+            super().__init__(
+                save_config_callback=SaveConfig,
+                save_config_kwargs={"overwrite": True},  # a resumed run goes on in its own folder
+                trainer_defaults={"max_epochs": 10, "default_root_dir": "runs", "enable_model_summary": False},
+                seed_everything_default=DEFAULT_SEED,
+                parser_kwargs={name: {"description": text} for name, text in DESCRIPTIONS.items()}
+                | {"description": "Transfer learning for image classification.", "prog": "tl-lightning"},
+                parser_class=Parser,
+                args=args,
+                auto_configure_optimizers=False,
+                load_from_checkpoint_support=False,
+            )
+        except BaseException:
+            if self._claimed is not None and not self._has_begun():
+                give_back_folder(self._claimed)
+            raise
 
     # Parsing --------------------------------------------------------------------------------------------------------
 
@@ -106,17 +89,17 @@ class TransferCLI(LightningCLI):
         super()._add_subcommands(parser, **kwargs)
         # Lightning puts the Trainer's docstrings there.
         for choice in parser._subcommands_action._choices_actions:  # type: ignore[union-attr]  # made just now
-            choice.help = _DESCRIPTIONS[choice.dest]
+            choice.help = DESCRIPTIONS[choice.dest]
 
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
         self._building = subcommand
         parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
         parser.set_defaults(weights_only=True)
         for action in parser._actions:
-            action.help = _HELP.get(action.dest, action.help)
+            action.help = HELP.get(action.dest, action.help)
         parser.usage = f"tl-lightning {subcommand} [--config FILE] [--data.root FOLDER] [options]"
         for group in parser._action_groups:
-            group.title = _TITLES.get(str(group.title).partition(" ")[0], group.title)
+            group.title = TITLES.get(str(group.title).partition(" ")[0], group.title)
         if subcommand == "fit":
             parser.add_argument(
                 "--test_after_fit", type=bool, default=False, help="Test the best checkpoint when training has ended."
@@ -130,7 +113,7 @@ class TransferCLI(LightningCLI):
         """Parse the arguments; without a configuration, they need to name only what is not the default."""
         if args is None:
             args = sys.argv[1:]
-        subcommand = next((arg for arg in args if arg in _DESCRIPTIONS), "") if isinstance(args, list) else ""
+        subcommand = next((arg for arg in args if arg in DESCRIPTIONS), "") if isinstance(args, list) else ""
         Parser.command = f"tl-lightning {subcommand}".strip()
         self.config = parser.parse_args(name_classes(args)) if isinstance(args, list) else parser.parse_object(args)
 
@@ -213,7 +196,13 @@ class TransferCLI(LightningCLI):
             folder = Path(resumed).resolve().parent.parent
             if (folder / "config.yaml").is_file():
                 return folder
-        return claim_folder(root)
+        self._claimed = claim_folder(root)
+        return self._claimed
+
+    def _has_begun(self) -> bool:
+        """Return whether training has come to its first batch; what only scores is complete, or it is nothing."""
+        trainer = getattr(self, "trainer", None)
+        return isinstance(trainer, Trainer) and trainer.fit_loop.epoch_progress.total.ready > 0
 
     # Running --------------------------------------------------------------------------------------------------------
 

@@ -1,6 +1,8 @@
 """What a run has where its user has not chosen: a folder, checkpoints, precision, loggers."""
 
 import csv
+import re
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
@@ -36,6 +38,22 @@ def claim_folder(root: Path) -> Path:
         except FileExistsError:
             continue  # another run was faster
         return folder
+
+
+_WITHOUT_RESULTS = re.compile(
+    r"config\.yaml|hparams\.yaml|metrics\.csv|predictions\.csv\.part|events\.out\.tfevents\..*"
+)
+
+
+def give_back_folder(folder: Path) -> None:
+    """Remove the folder of a run that ended before it began, unless something else has been put there."""
+    found = list(folder.iterdir()) if folder.is_dir() else []
+    if getattr(rank_zero_only, "rank", 0) != 0 or not all(_WITHOUT_RESULTS.fullmatch(path.name) for path in found):
+        return
+    for path in found:
+        path.unlink()
+    with suppress(OSError):  # somebody else was faster, or has just put something there
+        folder.rmdir()
 
 
 def find_checkpoint(root: Path, name: Literal["best", "last"]) -> Path:
