@@ -253,6 +253,33 @@ def test_long_rows_are_wrapped(capsys: pytest.CaptureFixture[str], monkeypatch: 
     ]
 
 
+@pytest.mark.parametrize("command", ["validate", "test", "predict"])
+def test_checkpoint_that_was_used_is_named(
+    command: str, photos: Path, run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(run.parent.parent)
+    main([command, f"--data.root={photos}", "--data.num_workers=0", "--trainer.accelerator=cpu", "--ckpt_path=last"])
+    (row,) = [line for line in capsys.readouterr().out.splitlines() if "checkpoint " in line]
+    assert row.split() == ["checkpoint", str(Path("runs/version_0/checkpoints/last.ckpt"))]
+
+
+def test_checkpoint_that_does_not_exist(photos: Path, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(run.parent.parent)
+    folder = Path("runs/version_0/checkpoints")
+    for path, said in (
+        (
+            folder / "bst.ckpt",
+            f"does not exist; did you mean 'best.ckpt' or 'last.ckpt'? {folder} has best.ckpt, last.ckpt",
+        ),
+        (folder.parent, f"a folder; give one of its checkpoints: {folder / 'best.ckpt'}, {folder / 'last.ckpt'}"),
+        (Path("runs") / "best.ckpt", "does not exist; there is none in 'runs'"),
+        (Path("nowhere") / "best.ckpt", "does not exist; there is no folder 'nowhere'"),
+    ):
+        with pytest.raises(FileNotFoundError) as caught:
+            main(["test", f"--data.root={photos}", f"--ckpt_path={path}"])
+        assert said in str(caught.value)
+
+
 # Data -----------------------------------------------------------------------------------------------------------------
 
 

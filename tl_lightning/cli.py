@@ -26,7 +26,7 @@ from tl_lightning.defaults import (
 from tl_lightning.mistakes import Parser
 from tl_lightning.modules import TransferClassifier, checkpoint
 from tl_lightning.quiet import quiet
-from tl_lightning.resuming import check_resumed
+from tl_lightning.resuming import check_resumed, check_there
 from tl_lightning.transforms import Preprocessing
 
 
@@ -135,6 +135,7 @@ class TransferCLI(LightningCLI):
             path = str(find_checkpoint(Path(config.default_root_dir), path))
             self.config[str(self.subcommand)]["ckpt_path"] = path
         if path is not None:
+            check_there(path)
             self._resumed = checkpoint.read(path)
         for class_path in class_paths([self._get(self.config, "model"), self._get(self.config, "backbone")]):
             if "." in class_path:  # the user's own configuration may name any class

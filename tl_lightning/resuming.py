@@ -1,15 +1,39 @@
-"""Whether a run goes on with the model that its checkpoint holds."""
+"""Whether there is a checkpoint, and whether a run goes on with the model that it holds."""
 
 from pathlib import Path
 from typing import Any
 
-from tl_lightning.messages import short_path
+from tl_lightning.messages import short_path, unknown
 from tl_lightning.modules import TransferClassifier
 from tl_lightning.modules import checkpoint as checkpoints
 
 _MAY_CHANGE = {"weights", "scheduler_interval"}
 _SHAPING = ("num_classes", "unfreeze_from")
 _SHOWN = 3
+
+
+def check_there(path: str | Path) -> None:
+    """Make sure that a checkpoint is there.
+
+    Raises:
+        FileNotFoundError: It is not; the message says which ones there are.
+    """
+    path = Path(path)
+    if path.is_file():
+        return
+    if path.is_dir():
+        found = [short_path(file) for file in sorted(path.rglob("*.ckpt"))]
+        ones = f"give one of its checkpoints: {', '.join(found)}" if found else "and there is no checkpoint in it"
+        raise FileNotFoundError(f"--ckpt_path is {str(path)!r}, a folder; {ones}")
+    folder = path.parent
+    names = sorted(file.name for file in folder.glob("*.ckpt"))
+    if names:
+        there = unknown("checkpoint", path.name, names, of=short_path(folder.absolute())).partition("; ")[2]
+    elif folder.is_dir():
+        there = f"there is none in {short_path(folder.absolute())!r}"
+    else:
+        there = f"there is no folder {str(folder)!r}"
+    raise FileNotFoundError(f"the checkpoint {str(path)!r} does not exist; {there}")
 
 
 def check_resumed(path: str | Path, saved: dict[str, Any], classifier: TransferClassifier) -> None:

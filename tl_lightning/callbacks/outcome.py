@@ -15,7 +15,7 @@ _WORDS = {"val": "validation", "test": "test", "f1": "macro F1"}
 
 
 class Outcome(Callback):
-    """Print the scores of a fit, a validation or a test, and where the files lie, when the progress bar is gone."""
+    """Print the scores of a fit, a validation or a test, of which checkpoint, and where files lie, when the bar is gone."""
 
     def __init__(self) -> None:
         self._title = ""
@@ -40,6 +40,10 @@ class Outcome(Callback):
         """Note the scores of the test."""
         self._note_scores(trainer, "tested", "test")
 
+    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Note what the predictions were made with."""
+        self._title, self._rows = "predicted with", _checkpoint(trainer)
+
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Print what was noted."""
         if self._rows:
@@ -60,7 +64,7 @@ class Outcome(Callback):
             print_table("interrupted", {"saved": "nothing yet: checkpoints are written after each epoch"})
 
     def _note_scores(self, trainer: Trainer, title: str, split: str) -> None:
-        self._title, self._rows = title, {}
+        self._title, self._rows = title, _checkpoint(trainer)
         data = getattr(trainer, "datamodule", None)
         if isinstance(data, ImageFolderDataModule):
             count, total = (f"{n:,}" for n in (len(data.splits[split].files), data.contents.num_images))
@@ -72,3 +76,7 @@ class Outcome(Callback):
                 kind = name.removeprefix(f"{split}_")
                 self._rows[f"{_WORDS[split]} {_WORDS.get(kind, kind)}"] = f"{float(value):.4f}"
         self._rows["outputs"] = str(trainer.log_dir)
+
+
+def _checkpoint(trainer: Trainer) -> dict[str, str]:
+    return {"checkpoint": str(Path(trainer.ckpt_path).absolute())} if trainer.ckpt_path else {}
