@@ -349,6 +349,13 @@ def test_class_of_ones_own_trains_and_predicts(photos: Path, tmp_path: Path) -> 
     refused = run("predict", f"--data.root={photos}", "--ckpt_path=best")
     assert refused.returncode == 1
     assert "names the class 'my_probes.SmoothedProbe'" in refused.stderr
+    assert (
+        "add --model my_probes.SmoothedProbe --backbone tests.doubles.TinyBackbone or --config runs/version_0/config.yaml"
+        in refused.stderr
+    )
+    absent = run("predict", f"--data.root={photos}", "--ckpt_path=best", "--model=my_absent_module.Probe")
+    assert "there is no module 'my_absent_module'" in absent.stderr
+    assert "Traceback" not in absent.stderr
     assert "Traceback" not in refused.stderr, "a mistake of the user's is one message"
     trust = ["--backbone=tests.doubles.TinyBackbone", "--model=my_probes.SmoothedProbe"]
     for more in (trust, ["--config=runs/version_0/config.yaml"]):

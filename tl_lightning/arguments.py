@@ -1,5 +1,6 @@
 """The words of a command line: what the help says, and what the user says, before the parser sees it."""
 
+import importlib
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -51,6 +52,24 @@ def class_paths(config: Any) -> Iterator[str]:
         for key, value in vars(config).items() if isinstance(config, Namespace) else config.items():
             if key == "class_path" or isinstance(value, (dict, list, Namespace)):
                 yield from class_paths(value)
+
+
+def import_module_of(class_path: str) -> None:
+    """Import the module of a class that the user has named.
+
+    Raises:
+        ValueError: There is no such module.
+    """
+    name = class_path.rpartition(".")[0]
+    try:
+        importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{name}.".startswith(f"{error.name}."):
+            raise  # it is there, and imports one that is not
+        raise ValueError(
+            f"{class_path!r} is named, and there is no module {error.name!r}: it is looked for in the current folder, "
+            f"{Path.cwd()}, and among what is installed"
+        ) from error
 
 
 def name_classes(args: list[str]) -> list[str]:

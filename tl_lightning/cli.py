@@ -1,6 +1,5 @@
 """The command line: links between backbone, data and model, and defaults."""
 
-import importlib
 import sys
 from pathlib import Path
 from typing import Any
@@ -9,7 +8,7 @@ from lightning.pytorch import Callback, LightningDataModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 
-from tl_lightning.arguments import DESCRIPTIONS, HELP, TITLES, class_paths, name_classes
+from tl_lightning.arguments import DESCRIPTIONS, HELP, TITLES, class_paths, import_module_of, name_classes
 from tl_lightning.backbones import Backbone
 from tl_lightning.callbacks import Outcome, Plan, PredictionWriter, Progress
 from tl_lightning.chance import DEFAULT_SEED
@@ -26,7 +25,7 @@ from tl_lightning.defaults import (
 from tl_lightning.mistakes import Parser
 from tl_lightning.modules import TransferClassifier, checkpoint
 from tl_lightning.quiet import quiet
-from tl_lightning.resuming import check_resumed, check_there
+from tl_lightning.resuming import check_known, check_resumed, check_there
 from tl_lightning.transforms import Preprocessing
 
 
@@ -139,7 +138,9 @@ class TransferCLI(LightningCLI):
             self._resumed = checkpoint.read(path)
         for class_path in class_paths([self._get(self.config, "model"), self._get(self.config, "backbone")]):
             if "." in class_path:  # the user's own configuration may name any class
-                importlib.import_module(class_path.rpartition(".")[0])
+                import_module_of(class_path)
+        if self.subcommand != "fit" and self._resumed is not None:
+            check_known(path, self._resumed)
 
     def instantiate_classes(self) -> None:
         """Build data, model and trainer; the model from the checkpoint where nothing is trained."""

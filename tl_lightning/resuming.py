@@ -1,8 +1,11 @@
 """Whether there is a checkpoint, and whether a run goes on with the model that it holds."""
 
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from tl_lightning.makeup import TRUSTED_PACKAGES
 from tl_lightning.messages import short_path, unknown
 from tl_lightning.modules import TransferClassifier
 from tl_lightning.modules import checkpoint as checkpoints
@@ -36,6 +39,47 @@ def check_there(path: str | Path) -> None:
     raise FileNotFoundError(f"the checkpoint {str(path)!r} does not exist; {there}")
 
 
+def check_known(path: str | Path, saved: dict[str, Any]) -> None:
+    """Make sure that classes of the user's own in a checkpoint have been named on the command line, which trusts them.
+
+    Raises:
+        ValueError: One has not.
+    """
+    model = saved[checkpoints.KEY]["model"]
+    known = (*TRUSTED_PACKAGES, "__main__")
+    modules = {name: name.rpartition(".")[0] for name in _classes(model)}
+    names = [name for name, at in modules.items() if at not in sys.modules and at.partition(".")[0] not in known]
+    if not names:
+        return
+    options = " ".join(f"--{key} {part['class_path']}" for key, part in _parts(model) if part["class_path"] in names)
+    ways = [options] * bool(options) + [f"--config {config}" for config in _config_of(path)]
+    raise ValueError(
+        f"the checkpoint {str(path)!r} names the class {' and '.join(map(repr, names))}, which is neither of "
+        f"{', '.join(TRUSTED_PACKAGES)} nor named on the command line. If you trust it, add "
+        f"{' or '.join(ways) or 'the --config of its run'}"
+    )
+
+
+def _classes(described: Any) -> Iterator[str]:
+    if isinstance(described, dict):
+        if isinstance(described.get("class_path"), str):
+            yield described["class_path"]
+        described = list(described.values())
+    if isinstance(described, list):
+        for part in described:
+            yield from _classes(part)
+
+
+def _parts(model: dict[str, Any]) -> tuple[tuple[str, dict[str, Any]], ...]:
+    return ("model", model), ("backbone", model["backbone"])
+
+
+def _config_of(path: str | Path) -> list[str]:
+    """Return the configuration of the run that wrote a checkpoint, if it is still there."""
+    config = Path(path).resolve().parent.parent / "config.yaml"
+    return [short_path(config)] if config.is_file() else []
+
+
 def check_resumed(path: str | Path, saved: dict[str, Any], classifier: TransferClassifier) -> None:
     """Make sure that a classifier is what a checkpoint was trained with; learning rates and the like may be others.
 
@@ -57,8 +101,7 @@ def check_resumed(path: str | Path, saved: dict[str, Any], classifier: TransferC
         changed = rates or {"weights": (", ".join(misfit[:_SHOWN]), "other ones, by the code of the classes")}
     if not changed:
         return
-    config = Path(path).resolve().parent.parent / "config.yaml"
-    given = f", or give --config {short_path(config)}" if config.is_file() else ""
+    given = "".join(f", or give --config {config}" for config in _config_of(path))
     lines = "".join(f"\n  {name}: {before} in the checkpoint, {after} now" for name, (before, after) in changed.items())
     raise ValueError(
         f"the checkpoint {str(path)!r} was trained with another model:{lines}\nTo resume, repeat the command of its run{given}. To train "
@@ -73,10 +116,7 @@ def _differences(was: dict[str, Any], now: dict[str, Any]) -> tuple[_Changes, _C
     """Return what differs in what was described: what makes another model, and mere numbers, as learning rates."""
     changed: _Changes = {}
     rates: _Changes = {}
-    for key, before, after in (
-        ("model", was["model"], now["model"]),
-        ("backbone", was["model"]["backbone"], now["model"]["backbone"]),
-    ):
+    for (key, before), (_, after) in zip(_parts(was["model"]), _parts(now["model"]), strict=True):
         if before["class_path"] != after["class_path"]:
             changed[key] = (_shown(before | {"init_args": {}}), _shown(after | {"init_args": {}}))
             continue  # another class has other arguments
