@@ -280,6 +280,19 @@ def test_checkpoint_that_does_not_exist(photos: Path, run: Path, monkeypatch: py
         assert said in str(caught.value)
 
 
+@pytest.mark.parametrize(("limit", "reached"), [("max_epochs", 2), ("max_steps", 1)])
+def test_complete_run_says_how_it_would_go_on(
+    limit: str, reached: int, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--trainer.max_epochs=2", f"--trainer.{limit}={reached}"]
+    fit(photos, tmp_path, *options)
+    assert "the run is complete" not in capsys.readouterr().out
+    fit(photos, tmp_path, *options, f"--ckpt_path={tmp_path / 'version_0' / 'checkpoints' / 'last.ckpt'}")
+    printed = capsys.readouterr().out
+    assert "the run is complete" in printed
+    assert f"go on with    the same command and --trainer.{limit} N, above {reached}\n" in printed
+
+
 # Data -----------------------------------------------------------------------------------------------------------------
 
 

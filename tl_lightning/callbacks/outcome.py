@@ -20,12 +20,20 @@ class Outcome(Callback):
     def __init__(self) -> None:
         self._title = ""
         self._rows: dict[str, str] = {}
+        self._begun = False
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Note that there is something left to train."""
+        self._begun = True
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Note the best score."""
         folder = trainer.log_dir  # asks all ranks
         best = trainer.checkpoint_callback
         self._title, self._rows = "trained", {}
+        if not self._begun:
+            self._rows = _complete(trainer)
+        self._begun = False
         if isinstance(best, ModelCheckpoint) and best.best_model_score is not None:
             self._rows[f"best {best.monitor}"] = f"{float(best.best_model_score):.4f}"
             self._rows["best model"] = best.best_model_path
@@ -80,3 +88,15 @@ class Outcome(Callback):
 
 def _checkpoint(trainer: Trainer) -> dict[str, str]:
     return {"checkpoint": str(Path(trainer.ckpt_path).absolute())} if trainer.ckpt_path else {}
+
+
+def _complete(trainer: Trainer) -> dict[str, str]:
+    """Say that a run that was resumed had ended before, and how it would go on."""
+    epochs, steps = trainer.current_epoch, trainer.global_step
+    if 0 <= trainer.max_steps <= steps:
+        limit = f"--trainer.max_steps N, above {steps}"
+    elif 0 <= (trainer.max_epochs or 0) <= epochs:
+        limit = f"--trainer.max_epochs N, above {epochs}"
+    else:
+        return {}  # there are no batches
+    return {"nothing left": "the run is complete", "go on with": f"the same command and {limit}"}
