@@ -206,6 +206,19 @@ def test_refused_run_leaves_no_folder(photos: Path, run: Path, tmp_path: Path) -
     assert kept.is_dir(), "of somebody else"
 
 
+@pytest.mark.parametrize(
+    "arguments", [[], ["fit", "--maxepochs=3"], ["test", "--data.root=x", "--ckpt_path=none.ckpt"]]
+)
+def test_program_has_one_name(arguments: list[str], tmp_path: Path) -> None:
+    with start(*arguments, cwd=tmp_path) as process:
+        _, err = process.communicate()
+    assert process.returncode in (1, 2)
+    (said, *rest) = err.removeprefix("Seed set to 42\n").splitlines()
+    assert said.startswith("tl-lightning: error: ")
+    assert len(rest) < 2
+    assert "__main__" not in err
+
+
 # Runs that end early --------------------------------------------------------------------------------------------------
 
 

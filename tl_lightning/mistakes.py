@@ -124,6 +124,9 @@ def _explain(message: str, prefix: str, given: dict[str, Any], options: set[str]
     choice = re.match(r"argument subcommand: invalid choice: '(.*)' \(choose from (.*)\)", message)
     if choice:
         return unknown("command", choice[1], re.findall(r"\w+", choice[2]))
+    missing = re.match(r'expected "subcommand" to be one of \{(.*)\}', message)
+    if missing:
+        return f"a command is missing: there are {missing[1].replace(',', ', ')}"
     keyed = re.match(r'Parser key "([^"]+)":\s*(.*)', message, re.DOTALL)
     if keyed is None:
         return message
