@@ -44,7 +44,7 @@ class Evaluated(LightningModule):
             logits, target = logits[real], batch.target[real]
             loss.update(self.compute_loss(logits, target), len(logits))
             metrics.update(logits, target)
-        self.log(loss_name, loss, on_step=False, on_epoch=True, prog_bar=True)
+        self.log(loss_name, loss, on_step=False, on_epoch=True)
         self.log_dict(metrics, on_step=False, on_epoch=True, prog_bar=True)
 
     def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:
