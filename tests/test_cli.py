@@ -413,6 +413,7 @@ def test_names_are_printed_to_the_letter(tmp_path: Path, capsys: pytest.CaptureF
 # Resuming -------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.filterwarnings("ignore:the learning rates followed a schedule:UserWarning")
 def test_resumed_run_keeps_its_best_score_its_metrics_and_its_configuration(
     photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -154,9 +154,11 @@ def test_schedule_of_another_form(given: str, capsys: pytest.CaptureFixture[str]
         assert "conv_head" in message
 
 
-def test_option_of_a_callback_that_is_not_the_last(capsys: pytest.CaptureFixture[str]) -> None:
-    config = ROOT / "configs" / "lp_ft.yaml"
-    message = _refused(capsys, "fit", f"--config={config}", "--trainer.callbacks.schedule={1: stem}")
+def test_option_of_a_callback_that_is_not_the_last(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    config = tmp_path / "two.yaml"
+    staged = "{class_path: StagedUnfreezing, init_args: {schedule: {5: stem}}}"
+    config.write_text(f"trainer: {{callbacks: [{staged}, {{class_path: ProbeFallback}}]}}")
+    message = _refused(capsys, "fit", "--data.root=x", f"--config={config}", "--trainer.callbacks.schedule={1: stem}")
     assert "ProbeFallback has no option 'schedule'\nStagedUnfreezing has 'schedule'\n" in message
     assert "go to the last callback of the list" in message
 
@@ -370,6 +372,7 @@ def test_other_classes_do_not_resume(run: Path, tmp_path: Path) -> None:
     assert said in str(caught.value)
 
 
+@pytest.mark.filterwarnings("ignore:the learning rates followed a schedule:UserWarning")
 def test_other_rates_resume(photos: Path, tmp_path: Path) -> None:
     fit(photos, tmp_path, *PARTIAL)
     checkpoint = tmp_path / "version_0" / "checkpoints" / "last.ckpt"

@@ -292,6 +292,7 @@ def test_backbone_that_was_replaced_is_found_before_training(photos: Path, tmp_p
         trainer(tmp_path).fit(model, data(photos, TinyBackbone()))
 
 
+@pytest.mark.filterwarnings("ignore:the learning rates followed a schedule:UserWarning")
 def test_rate_changed_on_resume_is_not_passed_over_in_silence(photos: Path, tmp_path: Path) -> None:
     model = LinearProbe(TinyBackbone(), num_classes=3, lr=0.01)
     module = data(photos, model.backbone)
