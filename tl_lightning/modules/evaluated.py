@@ -1,5 +1,7 @@
 """Validation, test and prediction."""
 
+from abc import abstractmethod
+
 from lightning.pytorch import LightningModule
 from torch import Tensor
 from torchmetrics import MetricCollection
@@ -11,17 +13,17 @@ from tl_lightning.modules.metrics import MeanLoss
 class Evaluated(LightningModule):
     """A module whose loss and metrics are over real samples alone, each counted once, on any number of ranks."""
 
+    @abstractmethod
     def compute_loss(self, logits: Tensor, target: Tensor) -> Tensor:
         """Compute the mean loss of a batch."""
-        raise NotImplementedError
 
+    @abstractmethod
     def forward_from(self, inputs: Tensor, boundary: str | None) -> Tensor:
         """Continue from a boundary to class scores."""
-        raise NotImplementedError
 
+    @abstractmethod
     def build_metrics(self) -> MetricCollection:
         """Build the metrics of validation and test; their names are logged after ``val_`` and ``test_``."""
-        raise NotImplementedError
 
     def build_evaluation(self) -> None:
         """Build a loss and metrics for validation, and the same for test."""
