@@ -11,7 +11,7 @@ import sys
 for name in ("lightning", "pytorch_lightning", "lightning_fabric", "lightning_utilities", "torchmetrics", "jsonargparse"):
     sys.modules[name] = None
 import tl_lightning
-from tl_lightning import batch, chance, freezing, heads, images, makeup, memory, messages, optim, transforms
+from tl_lightning import batch, chance, features, freezing, heads, images, makeup, memory, messages, optim, transforms
 from tl_lightning.backbones import EfficientNetLite, TimmBackbone, TorchvisionBackbone
 import torch
 backbone = TorchvisionBackbone("resnet18", weights=None).eval()

@@ -15,7 +15,7 @@ import yaml
 from tests.doubles import image_folder
 from tl_lightning.callbacks.table import print_table
 from tl_lightning.cli import main
-from tl_lightning.data.loader import EpochLoader, ImageDataset
+from tl_lightning.data.image_loader import ImageDataset, ImageLoader
 from tl_lightning.data.order import EpochBatches
 from tl_lightning.defaults import give_back_folder
 
@@ -329,7 +329,7 @@ def _fails(image: torch.Tensor) -> torch.Tensor:
 
 def test_mistake_in_ones_own_code_keeps_its_traceback() -> None:
     dataset = ImageDataset(lambda _: torch.zeros(3, 4, 4, dtype=torch.uint8), [0, 1], _fails, seed=0)
-    loader = EpochLoader(dataset, EpochBatches(2, 2, shuffle=False), num_workers=1, pin_memory=False)
+    loader = ImageLoader(dataset, EpochBatches(2, 2, shuffle=False), num_workers=1, pin_memory=False)
     with pytest.raises(LookupError, match=r"(?s)Traceback.*in _fails.*a mistake in a transform of one's own"):
         next(iter(loader))
     loader.close()

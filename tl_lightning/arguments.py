@@ -14,8 +14,12 @@ DESCRIPTIONS = {
     "validate": "Score a checkpoint on the validation images.",
     "test": "Score a checkpoint on the test images.",
     "predict": "Write predictions.csv for a folder of images, nested or flat.",
+    "extract": "Compute and store the features that a fit on cached features trains on.",
 }
 """Of the subcommands."""
+
+BUILDING = ("fit", "extract")
+"""Subcommands whose model comes from the configuration, not from a checkpoint."""
 
 HELP = {
     "ckpt_path": "Checkpoint: a file, or 'last' or 'best' for that of the newest run.",
@@ -33,10 +37,8 @@ TITLES = {
 }
 """Instead of group titles that are the beginnings of docstrings, by their first word."""
 
-_DEFAULT_CLASSES = {
-    "fit": ("--backbone=TorchvisionBackbone", "--backbone.name=resnet50", "--model=LinearProbe"),
-    "any": ("--data=ImageFolderDataModule",),
-}
+_DEFAULT_MODEL = ("--backbone=TorchvisionBackbone", "--backbone.name=resnet50", "--model=LinearProbe")
+_DEFAULT_DATA = "--data=ImageFolderDataModule"
 
 _CALLBACKS = "--trainer.callbacks"
 
@@ -95,9 +97,9 @@ def name_classes(args: list[str]) -> list[str]:
     configs = [_read(Path(file), subcommand) for file in files]
     named = {arg.partition("=")[0].removesuffix(".class_path") for arg in others}
     named |= {f"--{key}" for config in configs for key in config}
-    defaults = [*_DEFAULT_CLASSES.get(subcommand, ()), *_DEFAULT_CLASSES["any"]]
+    defaults = [*(_DEFAULT_MODEL if subcommand in BUILDING else ()), _DEFAULT_DATA]
     added = [arg for arg in defaults if arg.partition("=")[0].partition(".")[0] not in named]
-    forgotten = ["--backbone=null"] if subcommand == "fit" and _is_replaced("backbone", configs, others) else []
+    forgotten = ["--backbone=null"] if subcommand in BUILDING and _is_replaced("backbone", configs, others) else []
     return [subcommand, *added, *(f"--config={file}" for file in files), *forgotten, *others]
 
 

@@ -1,9 +1,9 @@
 """All that modules and data share."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple, Protocol, runtime_checkable
 
-from torch import Tensor
+from torch import Tensor, nn
 
 UNLABELLED = -1
 """Target of an image whose class is not known, as in prediction."""
@@ -50,3 +50,15 @@ class Preprocesses(Protocol):
     @property
     def preprocessing(self) -> tuple[object, ...] | None:
         """What the images go through; None if it is not known."""
+
+
+@runtime_checkable
+class RunsFrom(Protocol):
+    """Whatever can go on from what a part of its network made: a module, for the data module that stores it."""
+
+    @property
+    def backbone(self) -> nn.Module:
+        """The network."""
+
+    def boundaries(self) -> Mapping[int, str]:
+        """Return from which epoch on, 0 first, which boundary the network has to be run from."""

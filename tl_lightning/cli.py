@@ -8,11 +8,11 @@ from lightning.pytorch import Callback, LightningDataModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 
-from tl_lightning.arguments import DESCRIPTIONS, HELP, TITLES, class_paths, import_module_of, name_classes
+from tl_lightning.arguments import BUILDING, DESCRIPTIONS, HELP, TITLES, class_paths, import_module_of, name_classes
 from tl_lightning.backbones import Backbone
 from tl_lightning.callbacks import Outcome, Plan, PredictionWriter, Progress
 from tl_lightning.chance import DEFAULT_SEED
-from tl_lightning.data import ImageFolderDataModule
+from tl_lightning.data import images_of
 from tl_lightning.defaults import (
     SaveConfig,
     best_and_last,
@@ -22,6 +22,7 @@ from tl_lightning.defaults import (
     find_checkpoint,
     give_back_folder,
 )
+from tl_lightning.extracting import TransferTrainer
 from tl_lightning.mistakes import Parser
 from tl_lightning.modules import TransferClassifier, checkpoint
 from tl_lightning.quiet import quiet
@@ -43,6 +44,7 @@ class TransferCLI(LightningCLI):
         quiet()
         try:
             super().__init__(
+                trainer_class=TransferTrainer,
                 save_config_callback=SaveConfig,
                 save_config_kwargs={"overwrite": True},  # a resumed run goes on in its own folder
                 trainer_defaults={"max_epochs": 10, "default_root_dir": "runs", "enable_model_summary": False},
@@ -59,19 +61,25 @@ class TransferCLI(LightningCLI):
                 give_back_folder(self._claimed)
             raise
 
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Return the subcommands, and the arguments of their methods that are no options."""
+        return LightningCLI.subcommands() | {"extract": {"model", "datamodule"}}
+
     # Parsing --------------------------------------------------------------------------------------------------------
 
     def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add backbone, data, model and trainer, and link them."""
-        if self._building == "fit":
+        if self._building in BUILDING:
             network = "The pre-trained network; TorchvisionBackbone with the name resnet50 where none is named."
             parser.add_subclass_arguments(Backbone, "backbone", required=True, help=network)
         images = "The images; ImageFolderDataModule where none is named."
         parser.add_subclass_arguments(LightningDataModule, "data", required=True, help=images)
-        if self._building == "fit":
+        if self._building in BUILDING:
             strategy = "How it is trained; LinearProbe where none is named."
             parser.add_subclass_arguments(TransferClassifier, "model", required=True, help=strategy)
-            parser.link_arguments("backbone", "model.init_args.backbone", apply_on="instantiate")
+            for key in ("model", "data"):
+                parser.link_arguments("backbone", f"{key}.init_args.backbone", apply_on="instantiate")
             parser.link_arguments(
                 "backbone", "data.init_args.preprocessing", compute_fn=preprocessing, apply_on="instantiate"
             )
@@ -93,7 +101,8 @@ class TransferCLI(LightningCLI):
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
         self._building = subcommand
         parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
-        parser.set_defaults(weights_only=True)
+        if subcommand != "extract":
+            parser.set_defaults(weights_only=True)
         for action in parser._actions:
             action.help = HELP.get(action.dest, action.help)
         parser.usage = f"tl-lightning {subcommand} [--config FILE] [--data.root FOLDER] [options]"
@@ -104,7 +113,11 @@ class TransferCLI(LightningCLI):
                 "--test_after_fit", type=bool, default=False, help="Test the best checkpoint when training has ended."
             )
             return parser
-        parser.add_argument("--test_after_fit", type=Any, default=None, help="Not used here.")
+        ignored = ("test_after_fit", "ckpt_path", "weights_only") if subcommand == "extract" else ("test_after_fit",)
+        for key in ignored:  # the configuration of a fit is valid here as well
+            parser.add_argument(f"--{key}", type=Any, default=None, help="Not used here.")
+        if subcommand == "extract":
+            return parser
         parser.set_defaults({"return_predictions": False} if subcommand == "predict" else {"verbose": False})
         return parser
 
@@ -128,7 +141,7 @@ class TransferCLI(LightningCLI):
         """
         config = self._get(self.config, "trainer")
         path = self._get(self.config, "ckpt_path")
-        if path is None and self.subcommand != "fit":
+        if path is None and self.subcommand not in BUILDING:
             self._parser(self.subcommand).error("a trained model is needed: add --ckpt_path FILE")
         if path in ("best", "last"):
             path = str(find_checkpoint(Path(config.default_root_dir), path))
@@ -139,14 +152,14 @@ class TransferCLI(LightningCLI):
         for class_path in class_paths([self._get(self.config, "model"), self._get(self.config, "backbone")]):
             if "." in class_path:  # the user's own configuration may name any class
                 import_module_of(class_path)
-        if self.subcommand != "fit" and self._resumed is not None:
+        if self.subcommand not in BUILDING and self._resumed is not None:
             check_known(path, self._resumed)
 
     def instantiate_classes(self) -> None:
         """Build data, model and trainer; the model from the checkpoint where nothing is trained."""
         self.config_init = self.parser.instantiate_classes(self.config)
         self.datamodule = self._get(self.config_init, "data")
-        if self.subcommand == "fit":
+        if self.subcommand in BUILDING:
             self.model = self._get(self.config_init, "model")
             typed = self._get(self.config, "model").init_args.get("num_classes")
             if typed not in (None, self.model.num_classes):
@@ -158,10 +171,11 @@ class TransferCLI(LightningCLI):
                 check_resumed(self._get(self.config, "ckpt_path"), self._resumed, self.model)
         else:
             self.model = TransferClassifier.load_from_checkpoint(self._get(self.config, "ckpt_path"))
-            if isinstance(self.datamodule, ImageFolderDataModule):
-                self.datamodule.preprocessing = self.model.backbone.preprocessing
+            images = images_of(self.datamodule)
+            if images is not None:
+                images.preprocessing = self.model.backbone.preprocessing
                 if self.model.class_names is not None:
-                    self.datamodule.class_names = self.model.class_names
+                    images.class_names = self.model.class_names
         self._resumed = None  # Lightning reads it again
         self.trainer = self.instantiate_trainer()
 
@@ -178,7 +192,10 @@ class TransferCLI(LightningCLI):
             added.append(PredictionWriter())
         added.append(Outcome())
         folder = None
-        if config["logger"] in (None, True, False) and not config["fast_dev_run"]:
+        if self.subcommand == "extract":
+            self.save_config_callback = None
+            kwargs["logger"] = False
+        elif config["logger"] in (None, True, False) and not config["fast_dev_run"]:
             folder = self._run_folder(Path(config["default_root_dir"]))
             kwargs["default_root_dir"] = folder
             if config["logger"] is not False:
@@ -214,7 +231,8 @@ class TransferCLI(LightningCLI):
         Raises:
             ValueError: There are no test images.
         """
-        if self._get(self.config, "test_after_fit") and isinstance(self.datamodule, ImageFolderDataModule):
+        images = images_of(self.datamodule)
+        if self._get(self.config, "test_after_fit") and images is not None:
             self.datamodule.prepare_data()
             self.datamodule.setup("test")
 

@@ -15,6 +15,8 @@ from tl_lightning.messages import unknown
 
 HEAD = "head"
 """As a boundary: the pooled features; as the first stage that trains: none of the backbone."""
+MAP = "map"
+"""As a boundary: the spatial map before pooling."""
 
 
 class Stage(NamedTuple):
@@ -40,15 +42,16 @@ class Staging:
             keeps the statistics of pre-training, which few images would only spoil.
 
     Raises:
-        ValueError: There is no such stage, module or parameter, or a stage is called ``head``.
+        ValueError: There is no such stage, module or parameter, or a stage is called ``head`` or ``map``.
     """
 
     def __init__(self, backbone: Backbone, unfreeze_from: str | int = HEAD, *, train_bn: bool = False) -> None:
         self.backbone = backbone
         self.train_bn = train_bn
-        if HEAD in backbone.stages:
+        reserved = {HEAD: "the classifier", MAP: "the spatial map"}
+        for name in reserved.keys() & backbone.stages:
             raise ValueError(
-                f"a stage of {_name_of(backbone)} is called {HEAD!r}, which means the classifier: name it otherwise"
+                f"a stage of {_name_of(backbone)} is called {name!r}, which means {reserved[name]}: name it otherwise"
             )
         stages = _divide(backbone)
         self.boundary = HEAD
@@ -221,6 +224,18 @@ def as_frozen(device_type: str) -> Iterator[None]:
     """
     with torch.no_grad(), torch.autocast(device_type, enabled=False):
         yield
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Put all parts of a network into eval mode inside the block, and each back into its own afterwards."""
+    modes = {part: part.training for part in module.modules()}
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, mode in modes.items():
+            part.training = mode
 
 
 def fingerprints(tensors: Mapping[str, Tensor]) -> dict[str, str]:

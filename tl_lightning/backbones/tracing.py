@@ -16,7 +16,7 @@ MIN_STAGES = 4
 """Modules are opened until at least this many stages appear, the depth of a classic feature hierarchy."""
 
 FIRST_STAGE = "stem"
-_RESERVED = "head"  # means the classifier wherever a stage is given
+_RESERVED = ("head", "map")  # mean the classifier and the spatial map wherever a stage is given
 
 
 class Trace(NamedTuple):
@@ -109,7 +109,7 @@ def _starts(model: nn.Module, nodes: Sequence[fx.Node], cuts: Sequence[int]) -> 
         between = [cut for cut in cuts if previous <= cut < this]
         if between:
             name = str(nodes[this].target)
-            starts.setdefault(f"model.{name}" if name == _RESERVED else name, between[-1])
+            starts.setdefault(f"model.{name}" if name in _RESERVED else name, between[-1])
     return starts
 
 

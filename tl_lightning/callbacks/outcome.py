@@ -8,7 +8,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from tl_lightning.callbacks.table import print_table
-from tl_lightning.data import ImageFolderDataModule
+from tl_lightning.data import images_of
 from tl_lightning.messages import short_path
 
 _WORDS = {"val": "validation", "test": "test", "f1": "macro F1"}
@@ -73,8 +73,8 @@ class Outcome(Callback):
 
     def _note_scores(self, trainer: Trainer, title: str, split: str) -> None:
         self._title, self._rows = title, _checkpoint(trainer)
-        data = getattr(trainer, "datamodule", None)
-        if isinstance(data, ImageFolderDataModule):
+        data = images_of(getattr(trainer, "datamodule", None))
+        if data is not None:
             count, total = (f"{n:,}" for n in (len(data.splits[split].files), data.contents.num_images))
             self._rows["images"] = count
             if data.contents.is_drawn(split):

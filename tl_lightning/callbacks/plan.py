@@ -7,7 +7,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from tl_lightning.callbacks.staged_unfreezing import StagedUnfreezing
 from tl_lightning.callbacks.table import print_table
-from tl_lightning.data import ImageFolderDataModule
+from tl_lightning.data import CachedFeaturesDataModule, images_of
 from tl_lightning.freezing import HEAD
 from tl_lightning.modules import TransferClassifier
 
@@ -33,8 +33,11 @@ def describe_plan(trainer: Trainer, classifier: TransferClassifier) -> dict[str,
         more = f", and {len(names) - _NAMES_SHOWN} more" if len(names) > _NAMES_SHOWN else ""
         rows["classes"] = f"{len(names)}: {', '.join(names[:_NAMES_SHOWN])}{more}"
     data = getattr(trainer, "datamodule", None)
-    if isinstance(data, ImageFolderDataModule):
-        rows["images"] = ", ".join(f"{len(samples.files):,} {split}" for split, samples in data.splits.items())
+    images = images_of(data)
+    if images is not None:
+        rows["images"] = ", ".join(f"{len(samples.files):,} {split}" for split, samples in images.splits.items())
+    if isinstance(data, CachedFeaturesDataModule):
+        rows["features"] = data.describe()
     rows |= _stages(trainer, classifier)
     ever = {HEAD, *_ever_trained(trainer, classifier)}
     for optimizer in trainer.optimizers:

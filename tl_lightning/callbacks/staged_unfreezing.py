@@ -14,12 +14,12 @@ from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
 from tl_lightning.freezing import HEAD
-from tl_lightning.modules import TransferClassifier
+from tl_lightning.modules import TransferClassifier, Unfreezes
 
 _NEVER = sys.maxsize
 
 
-class StagedUnfreezing(BaseFinetuning):
+class StagedUnfreezing(BaseFinetuning, Unfreezes):
     """Train the head first, and from given epochs on the backbone from given stages on.
 
     The stage is a function of the epoch alone, so a resumed run, a second fit and a new trainer are at the right one.

@@ -201,3 +201,8 @@ def stratified_split(
         name: Samples([samples.files[i] for i in sorted(chosen)], [samples.targets[i] for i in sorted(chosen)])
         for name, chosen in parts.items()
     }
+
+
+def cache_folder() -> Path:
+    """Return the user's folder for what can be made again."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tl_lightning"

@@ -2,17 +2,16 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from lightning.fabric.utilities.data import suggested_max_num_workers
-from lightning.pytorch import LightningDataModule
 
 from tl_lightning.chance import run_seed
 from tl_lightning.data.contents import FolderContents
 from tl_lightning.data.folder import Samples
-from tl_lightning.data.loader import EpochLoader, ImageDataset, Transform
-from tl_lightning.data.order import EpochBatches
-from tl_lightning.data.provenance import Provenance, check_training_images, describe_training_images
+from tl_lightning.data.image_loader import ImageDataset, ImageLoader, Transform
+from tl_lightning.data.loader import EpochLoader
+from tl_lightning.data.provenance import Provenance, describe_training_images
+from tl_lightning.data.resumable import ResumableDataModule
 from tl_lightning.images import WHITE, ImageReader
 from tl_lightning.transforms import Flip, Preprocessing, eval_transform, train_transform
 
@@ -20,7 +19,7 @@ _MOST_WORKERS = 8
 _SPLITS_OF = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",)}
 
 
-class ImageFolderDataModule(LightningDataModule):
+class ImageFolderDataModule(ResumableDataModule):
     """Serve the images of a folder that holds one folder for each class.
 
     Where the root holds ``train``, ``val`` and ``test`` folders of class folders, these are the splits; without ``val``, a
@@ -83,9 +82,7 @@ class ImageFolderDataModule(LightningDataModule):
         self.seed = run_seed() if seed is None else seed
         self.preprocessing = preprocessing
         self.contents = FolderContents(self.root, val_fraction, test_fraction, self.seed)
-        self._loaders: list[EpochLoader] = []
-        self._train_loader: EpochLoader | None = None
-        self._resume_at: dict[str, int] | None = None
+        self._loaders: list[ImageLoader] = []
 
     # What the folder holds ------------------------------------------------------------------------------------------
 
@@ -144,22 +141,17 @@ class ImageFolderDataModule(LightningDataModule):
         """Load the training images, shuffled, and augmented if so chosen."""
         preprocessing = self._known_preprocessing()
         transform = train_transform(preprocessing, self.flip) if self.augment else eval_transform(preprocessing)
-        self._train_loader = self._loader(*self.splits["train"], transform, shuffle=True)
-        overfit = self.trainer is not None and self.trainer.overfit_batches > 0  # type: ignore[attr-defined]  # Lightning sets it
-        self._train_loader.sampler.always_the_first = overfit
-        if self._resume_at is not None:
-            self._train_loader.load_state_dict(self._resume_at)
-        return self._train_loader
+        return self.train_on(self._loader(*self.splits["train"], transform, shuffle=True))
 
-    def val_dataloader(self) -> EpochLoader:
+    def val_dataloader(self) -> ImageLoader:
         """Load the validation images in order."""
         return self._eval_loader("val")
 
-    def test_dataloader(self) -> EpochLoader:
+    def test_dataloader(self) -> ImageLoader:
         """Load the test images in order."""
         return self._eval_loader("test")
 
-    def predict_dataloader(self) -> EpochLoader:
+    def predict_dataloader(self) -> ImageLoader:
         """Load all images below the root, in the order of their paths."""
         return self._loader(self.predict_files, None, eval_transform(self._known_preprocessing()), shuffle=False)
 
@@ -168,35 +160,13 @@ class ImageFolderDataModule(LightningDataModule):
         for loader in self._loaders:
             loader.close()
         self._loaders.clear()
-        self._resume_at = None
+        super().teardown(stage)
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return what identifies the split, and the place in the training data, for a checkpoint.
-
-        Lightning asks the loader for its place as well, but does not give it back where the length of the run was asked
-        for before, as a schedule does (lightning.pytorch.loops.fit_loop, ``setup_data`` returns early).
-        """
-        place = None if self._train_loader is None else self._train_loader.state_dict()
-        return {"place": place, "images": self._provenance()}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from a place in the training data, and make sure that what was trained on is not what is tested on.
-
-        Raises:
-            ValueError: The checkpoint was trained on another draw from the same folder.
-        """
-        doing = None if self.trainer is None else self.trainer.state.fn
-        if doing != "predict":
-            check_training_images(state_dict["images"], self._provenance(), self.root, fitting=doing == "fit")
-        if doing == "fit":
-            self._resume_at = state_dict["place"]
-            if self._train_loader is not None and self._resume_at is not None:
-                self._train_loader.load_state_dict(self._resume_at)
+    def provenance(self) -> Provenance:
+        """Return what identifies the training images."""
+        return describe_training_images(self.root, self.splits, self.seed)
 
     # ----------------------------------------------------------------------------------------------------------------
-
-    def _provenance(self) -> Provenance:
-        return describe_training_images(self.root, self.splits, self.seed)
 
     def _known_preprocessing(self) -> Preprocessing:
         if self.preprocessing is None:
@@ -206,26 +176,24 @@ class ImageFolderDataModule(LightningDataModule):
             )
         return self.preprocessing
 
-    def _eval_loader(self, split: str) -> EpochLoader:
+    def _eval_loader(self, split: str) -> ImageLoader:
         samples = self.splits[split]
         return self._loader(samples.files, samples.targets, eval_transform(self._known_preprocessing()), shuffle=False)
 
     def _loader(
         self, files: Sequence[str], targets: Sequence[int] | None, transform: Transform, *, shuffle: bool
-    ) -> EpochLoader:
-        rank, world_size, on_gpu = 0, 1, False
-        if self.trainer is not None:
-            rank, world_size = self.trainer.global_rank, self.trainer.world_size
-            on_gpu = self.trainer.strategy.root_device.type == "cuda"
-        batches = EpochBatches(
-            len(files), self.batch_size, shuffle=shuffle, seed=self.seed, rank=rank, world_size=world_size
-        )
+    ) -> ImageLoader:
+        on_gpu = self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
         read = ImageReader(self.root, files, self.background)
         dataset = ImageDataset(read, targets, transform, self.seed)
-        workers = self._default_workers() if self.num_workers is None else self.num_workers
-        self._loaders.append(EpochLoader(dataset, batches, num_workers=workers, pin_memory=on_gpu))
+        batches = self.order(len(files), shuffle=shuffle)
+        self._loaders.append(ImageLoader(dataset, batches, num_workers=self.workers, pin_memory=on_gpu))
         return self._loaders[-1]
 
-    def _default_workers(self) -> int:
+    @property
+    def workers(self) -> int:
+        """Number of processes that load images."""
+        if self.num_workers is not None:
+            return self.num_workers
         processes = self.trainer.num_devices if self.trainer is not None else 1
         return min(_MOST_WORKERS, suggested_max_num_workers(processes))

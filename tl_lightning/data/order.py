@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from tl_lightning.chance import derive_seed
 
@@ -74,20 +75,26 @@ class EpochBatches:
 
     def __iter__(self) -> Iterator[list[Key]]:
         """Iterate over the keys of each batch of the epoch."""
+        for indices, padding in self.batches():
+            yield [Key(i, self.epoch, p) for i, p in zip(indices.tolist(), padding.tolist(), strict=True)]
+
+    def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Iterate over the batches of the epoch.
+
+        Yields:
+            The place of each sample in its split (N,), int64; and which rows are padding (N,), bool.
+        """
+        order = torch.arange(self.length)
         if self.shuffle:
             epoch = 0 if self.always_the_first else self.epoch
             generator = torch.Generator().manual_seed(derive_seed(self.seed, "order", epoch))
-            order = torch.randperm(self.length, generator=generator).tolist()
-        else:
-            order = list(range(self.length))
+            order = torch.randperm(self.length, generator=generator)
         total = sum(self._sizes) * self.world_size
-        filled = (order * math.ceil(total / max(1, self.length)))[:total]
+        filled = order.repeat(math.ceil(total / max(1, self.length)))[:total]
+        padding = torch.arange(total) >= (total if self.shuffle else self.length)
         begin = 0
         for number, size in enumerate(self._sizes):
             if number >= self.start:
                 first = begin + self.rank * size
-                yield [
-                    Key(filled[place], self.epoch, not self.shuffle and place >= self.length)
-                    for place in range(first, first + size)
-                ]
+                yield filled[first : first + size], padding[first : first + size]
             begin += size * self.world_size

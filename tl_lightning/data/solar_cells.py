@@ -1,13 +1,13 @@
 """The demo data: real images that come out of a package, so that no download is needed."""
 
 import importlib.util
-import os
 import shutil
 import tempfile
 from pathlib import Path
 
 from filelock import FileLock
 
+from tl_lightning.data.folder import cache_folder
 from tl_lightning.data.image_folder import ImageFolderDataModule
 from tl_lightning.transforms import Preprocessing
 
@@ -53,7 +53,7 @@ class SolarCellsDataModule(ImageFolderDataModule):
     ) -> None:
         if classes not in _CLASSES:
             raise ValueError(f"classes is {classes}; the solar cells come in 2 or 4 classes")
-        folder = Path(root) if root is not None else _cache_folder() / f"solar_cells_{classes}"
+        folder = Path(root) if root is not None else cache_folder() / f"solar_cells_{classes}"
         super().__init__(
             str(folder),
             batch_size=batch_size,
@@ -111,7 +111,3 @@ def _lay_out(root: Path, classes: int) -> None:
         shutil.copyfile(data / image, unfinished / name / Path(image).name)
     unfinished.chmod(0o755)
     unfinished.rename(root)  # all at once: nobody ever sees a part of it
-
-
-def _cache_folder() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tl_lightning"

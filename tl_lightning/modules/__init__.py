@@ -4,5 +4,6 @@ from tl_lightning.modules.base import TransferClassifier
 from tl_lightning.modules.custom_head import CustomHeadClassifier
 from tl_lightning.modules.linear_probe import LinearProbe
 from tl_lightning.modules.partial_fine_tuning import PartialFineTuning
+from tl_lightning.modules.staged import Unfreezes
 
-__all__ = ["CustomHeadClassifier", "LinearProbe", "PartialFineTuning", "TransferClassifier"]
+__all__ = ["CustomHeadClassifier", "LinearProbe", "PartialFineTuning", "TransferClassifier", "Unfreezes"]

@@ -17,7 +17,7 @@ from typing_extensions import Self
 from tl_lightning.backbones import Backbone
 from tl_lightning.batch import Batch
 from tl_lightning.chance import run_seed, seed_torch
-from tl_lightning.freezing import HEAD, Staging, as_frozen
+from tl_lightning.freezing import Staging
 from tl_lightning.heads import LinearHead
 from tl_lightning.makeup import Recorded
 from tl_lightning.memory import keep_freed_memory
@@ -29,10 +29,11 @@ from tl_lightning.modules.metrics import MeanLoss
 from tl_lightning.modules.optimization import Optimized
 from tl_lightning.modules.plateau import StepOnPlateau
 from tl_lightning.modules.sharding import shard
+from tl_lightning.modules.staged import Staged
 from tl_lightning.modules.step_boundary import StepBoundary, finish_epoch
 
 
-class TransferClassifier(Recorded, Optimized, Evaluated):
+class TransferClassifier(Recorded, Staged, Optimized, Evaluated):
     """Train a head on a pre-trained backbone that does not move.
 
     A subclass for research overrides one of :meth:`build_head`, :meth:`compute_loss`, :meth:`build_metrics`.
@@ -107,77 +108,6 @@ class TransferClassifier(Recorded, Optimized, Evaluated):
                 "f1": MulticlassF1Score(self.num_classes, average="macro"),
             }
         )
-
-    # Computation ----------------------------------------------------------------------------------------------------
-
-    def train_from(self, stage: str | int) -> None:
-        """Let the head train, and the backbone from a stage on; ``"head"`` is the head alone.
-
-        A subclass with another order of stages overrides :meth:`stages_from`.
-
-        Raises:
-            ValueError: There is no such stage, or it may not train.
-        """
-        self.staging.train(self.stages_from(stage))
-
-    def stages_from(self, stage: str | int) -> Sequence[str]:
-        """Return the names of the backbone's stages that train when training goes from ``stage`` on."""
-        return self.staging.stages_from(stage)
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Compute class scores.
-
-        Shape:
-            images: (N, 3, H, W). Output: (N, K).
-        """
-        return self.forward_from(images, None)
-
-    def forward_from(self, inputs: Tensor, boundary: str | None) -> Tensor:
-        """Continue from a boundary to class scores.
-
-        Args:
-            inputs: Images (N, 3, H, W), or what the backbone's part before ``boundary`` made of them.
-            boundary: First stage that is still to come, ``"head"`` if none is; None for images.
-
-        Shape:
-            Output: (N, K).
-        """
-        logits: Tensor = self.head(self.features_from(inputs, boundary))
-        return logits
-
-    def features_from(self, inputs: Tensor, boundary: str | None) -> Tensor:
-        """Continue from a boundary to what the head takes; without autograd up to where the backbone may train.
-
-        Raises:
-            ValueError: The inputs come from a boundary before which a part that may train lies.
-        """
-        if boundary == HEAD:
-            return inputs
-        first = self.staging.boundary
-        if first == HEAD:
-            rest = self.backbone if boundary is None else self.backbone.split(boundary)[1]
-            with as_frozen(inputs.device.type):
-                return rest(inputs)  # type: ignore[no-any-return]  # a module's output
-        if boundary is None:
-            prefix, suffix = self.backbone.split(first)
-            with as_frozen(inputs.device.type):
-                inputs = prefix(inputs)
-            return self.run_suffix(suffix, inputs)
-        stages = self.backbone.stages
-        if stages.index(boundary) < stages.index(first):
-            raise ValueError(f"activations of the boundary {boundary!r} are given, and training begins at {first!r}")
-        return self.run_suffix(self.backbone.split(boundary)[1], inputs)
-
-    def run_suffix(self, suffix: nn.Module, inputs: Tensor) -> Tensor:
-        """Run the part of the backbone that may train."""
-        features: Tensor = suffix(inputs)
-        return features
-
-    def train(self, mode: bool = True) -> Self:
-        """Switch everything but the frozen parts to train mode, or everything to eval mode."""
-        super().train(mode)
-        self.staging.hold(training=mode)
-        return self
 
     # Lightning's hooks ----------------------------------------------------------------------------------------------
 

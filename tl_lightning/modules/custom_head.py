@@ -8,7 +8,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 
 from tl_lightning.backbones import Backbone
-from tl_lightning.freezing import as_frozen
+from tl_lightning.freezing import MAP, as_frozen
 from tl_lightning.heads import HeadCallable, MapHead, check_maker
 from tl_lightning.makeup import as_factory
 from tl_lightning.modules.base import TransferClassifier
@@ -71,9 +71,15 @@ class CustomHeadClassifier(TransferClassifier):
         """
         if not self.on_map:
             return super().features_from(inputs, boundary)
+        if boundary == MAP:
+            return inputs
         if boundary is not None:
             raise ValueError(
                 f"the head takes the spatial map, which cannot be continued from the boundary {boundary!r}"
             )
         with as_frozen(inputs.device.type):
             return self.backbone.forward_map(inputs)
+
+    def boundaries(self) -> dict[int, str]:
+        """Return from which epoch on which boundary the network has to be run from: the end of all that is frozen."""
+        return {0: MAP} if self.on_map else super().boundaries()

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from tl_lightning.batch import PADDING, Batch
-from tl_lightning.data.loader import EpochLoader, ImageDataset
+from tl_lightning.data.image_loader import ImageDataset, ImageLoader
 from tl_lightning.data.order import EpochBatches
 
 
@@ -17,10 +17,10 @@ def add_noise(image: Tensor) -> Tensor:
     return image.float() + torch.rand(())
 
 
-def loader(workers: int = 0, *, shuffle: bool = True, length: int = 23, rank: int = 0, world: int = 1) -> EpochLoader:
+def loader(workers: int = 0, *, shuffle: bool = True, length: int = 23, rank: int = 0, world: int = 1) -> ImageLoader:
     dataset = ImageDataset(read, [i % 3 for i in range(length)], add_noise, seed=5)
     batches = EpochBatches(length, 4, shuffle=shuffle, seed=5, rank=rank, world_size=world)
-    return EpochLoader(dataset, batches, num_workers=workers, pin_memory=False)
+    return ImageLoader(dataset, batches, num_workers=workers, pin_memory=False)
 
 
 def values(batches: Iterator[Batch]) -> list[list[float]]:

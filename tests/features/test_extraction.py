@@ -1,0 +1,240 @@
+"""Extraction that is killed, shared among ranks, or run twice at once leaves the same bytes behind."""
+
+import multiprocessing
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.doubles import TinyBackbone, image_folder
+from tests.features.images import contents, fill, names_in, store
+from tests.ranks import run_on_ranks
+from tl_lightning.features import extraction
+from tl_lightning.features import store as stores
+from tl_lightning.features.messages import describe
+
+BOUNDARIES = ("head", "layer2")
+FORK = multiprocessing.get_context("fork")  # a new interpreter would take seconds to import torch
+
+
+@pytest.fixture(autouse=True)
+def _small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
+    small(monkeypatch.setattr)
+
+
+def small(setattr_: Callable[[Any, str, int], None]) -> None:
+    setattr_(stores, "BLOCK", 4)
+    setattr_(extraction, "BATCH", 2)
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    return image_folder(tmp_path / "photos", {"ant": 24, "bee": 17})
+
+
+@pytest.fixture
+def in_peace(root: Path, tmp_path: Path) -> dict[str, dict[str, bytes]]:
+    made = [store(tmp_path / "peace", TinyBackbone(), boundary) for boundary in BOUNDARIES]
+    fill(root, made)
+    return {each.folder.name: contents(each.folder) for each in made}
+
+
+def slowly(root: Path, cache: Path) -> None:
+    torch.set_num_threads(1)  # threads do not survive a fork
+    at_once = stores.FeatureStore.write
+
+    def write(self: stores.FeatureStore, block: stores.Block, rows: torch.Tensor) -> float:
+        time.sleep(0.004)
+        return at_once(self, block, rows)
+
+    stores.FeatureStore.write = write  # type: ignore[method-assign]  # of this process alone
+    fill(root, [store(cache, TinyBackbone(), boundary) for boundary in BOUNDARIES])
+
+
+def never_partial(root: Path, cache: Path, expected: dict[str, dict[str, bytes]]) -> bool:
+    """Whether all stores are complete; what can be read at all must be."""
+    found = [store(cache, TinyBackbone(), boundary) for boundary in BOUNDARIES]
+    for each in found:
+        if len(each):
+            keys = list(names_in(root))
+            assert len(each.read(keys)) == 41
+            written = contents(each.folder)
+            assert {name: written[name] for name in expected[each.folder.name]} == expected[each.folder.name]
+    return all(len(each) for each in found)
+
+
+def test_killed_at_twenty_moments(root: Path, tmp_path: Path, in_peace: dict[str, dict[str, bytes]]) -> None:
+    moments = torch.Generator().manual_seed(0)
+    kills = 0
+    for _ in range(400):
+        cache = tmp_path / f"cache{kills // 20}"
+        process = FORK.Process(target=slowly, args=(root, cache))
+        process.start()
+        process.join(0.02 + 0.1 * float(torch.rand((), generator=moments)))
+        if process.is_alive():
+            assert process.pid is not None
+            os.kill(process.pid, signal.SIGKILL)
+            process.join()
+            kills += 1
+        complete = never_partial(root, cache, in_peace)
+        if complete:
+            assert {f.name: contents(f) for f in cache.iterdir() if f.is_dir()} == in_peace
+            if kills >= 20:
+                break
+            for each in cache.iterdir():  # it was too fast: once more
+                if each.is_dir():
+                    for file in each.iterdir():
+                        file.unlink()
+    assert kills >= 20
+
+
+def die_at(number: int, root: Path, cache: Path) -> None:
+    torch.set_num_threads(1)
+    calls = iter(range(1, 1000))
+    flush, rename = os.fsync, Path.replace
+
+    def count() -> None:
+        if next(calls) == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def dying_flush(file: int) -> None:
+        count()
+        flush(file)
+
+    def dying_rename(self: Path, target: Path) -> Path:
+        count()
+        return rename(self, target)
+
+    os.fsync, Path.replace = dying_flush, dying_rename  # type: ignore[assignment,method-assign]  # of this process alone
+    fill(root, [store(cache, TinyBackbone(), boundary) for boundary in BOUNDARIES])
+
+
+def test_killed_before_every_write(root: Path, tmp_path: Path, in_peace: dict[str, dict[str, bytes]]) -> None:
+    writes = sum(len(files) for files in in_peace.values())
+    assert writes == 2 * (11 + 1)
+    cache = tmp_path / "cache"
+    for number in range(1, 2 * writes + 1):
+        cache = tmp_path / f"cache{number}"
+        first = FORK.Process(target=die_at, args=(number, root, cache))
+        first.start()
+        first.join()
+        assert first.exitcode == -signal.SIGKILL
+        never_partial(root, cache, in_peace)
+        second = FORK.Process(target=die_at, args=(0, root, cache))
+        second.start()
+        second.join()
+        assert second.exitcode == 0
+        assert {f.name: contents(f) for f in cache.iterdir() if f.is_dir()} == in_peace
+
+
+def count_rows(root: Path, cache: Path, computed: Any) -> None:
+    torch.set_num_threads(1)
+    seen: list[str] = []
+    fill(root, [store(cache, TinyBackbone(), boundary) for boundary in BOUNDARIES], seen=seen)
+    computed.put(len(seen))
+
+
+def test_two_runs_at_once(root: Path, tmp_path: Path, in_peace: dict[str, dict[str, bytes]]) -> None:
+    cache = tmp_path / "cache"
+    computed = FORK.Queue()
+    runs = [FORK.Process(target=count_rows, args=(root, cache, computed)) for _ in range(4)]
+    for run in runs:
+        run.start()
+    for run in runs:
+        run.join()
+        assert run.exitcode == 0
+    assert sorted(computed.get() for _ in runs) == [0, 0, 0, 41]
+    assert {f.name: contents(f) for f in cache.iterdir() if f.is_dir()} == in_peace
+
+
+def test_runs_with_other_images_add_to_a_store(root: Path, tmp_path: Path) -> None:
+    other = image_folder(tmp_path / "other", {"cow": 9})
+    made = store(tmp_path / "cache", TinyBackbone())
+    fill(root, [made])
+    reader = store(tmp_path / "cache", TinyBackbone())
+    before = reader.read(list(names_in(root)))
+    assert fill(other, [store(tmp_path / "cache", TinyBackbone())]).rows == 9 - len(
+        names_in(root).keys() & names_in(other)
+    )
+    assert torch.equal(reader.read(list(names_in(root))), before)
+    reader.reload()
+    assert reader.read([*names_in(root), *names_in(other)]).shape == (50, 24)
+
+
+def on_ranks(world: int, root: str, cache: str) -> list[str]:
+    small(setattr)
+    with ranks():
+        seen: list[str] = []
+        fill(Path(root), [store(Path(cache), TinyBackbone(), boundary) for boundary in BOUNDARIES], seen=seen)
+        return seen
+
+
+def failing_on_ranks(world: int, root: str, cache: str) -> str:
+    small(setattr)
+    with ranks():
+        try:
+            fill(Path(root), [store(Path(cache), TinyBackbone())])
+        except (RuntimeError, ValueError) as error:
+            return f"{type(error).__name__}: {error}"
+        return ""
+
+
+class ranks:
+    def __enter__(self) -> None:
+        os.environ["RANK"] = os.environ["LOCAL_RANK"]
+        torch.distributed.init_process_group("gloo")
+
+    def __exit__(self, *_: object) -> None:
+        torch.distributed.destroy_process_group()
+
+
+def test_two_ranks_write_every_row_once(root: Path, tmp_path: Path, in_peace: dict[str, dict[str, bytes]]) -> None:
+    cache = tmp_path / "cache"
+    seen = run_on_ranks(__name__, "on_ranks", tmp_path / "out", root=str(root), cache=str(cache))
+    assert sorted(seen[0] + seen[1]) == sorted(names_in(root).values())
+    assert {len(share) for share in seen} == {21, 20}  # whole shards of 4
+    assert {f.name: contents(f) for f in cache.iterdir() if f.is_dir()} == in_peace
+
+
+def test_a_rank_that_fails_takes_the_others_along(root: Path, tmp_path: Path) -> None:
+    (root / "ant" / "003.png").write_bytes(b"no image")
+    said = run_on_ranks(__name__, "failing_on_ranks", tmp_path / "out", root=str(root), cache=str(tmp_path / "cache"))
+    assert "cannot read the image" in said[0]
+    assert said[0].startswith("ValueError")
+    assert said[1].startswith("RuntimeError: rank 0 failed with ValueError: cannot read the image")
+
+
+def test_only_what_is_lacking_is_computed_for_a_further_boundary(root: Path, tmp_path: Path) -> None:
+    made = [store(tmp_path / "cache", TinyBackbone(), boundary) for boundary in BOUNDARIES]
+    assert fill(root, made[:1]).rows == 41
+    before = contents(made[0].folder)
+    done = fill(root, made)
+    assert done.rows == 41
+    assert contents(made[0].folder) == before
+    assert "16 x 4 x 4 float32 at 'layer2'" not in describe(done, made[:1])
+
+
+def test_the_backbone_is_left_as_it_was(root: Path, tmp_path: Path) -> None:
+    backbone = TinyBackbone()
+    modes = {module: number % 3 == 0 for number, module in enumerate(backbone.modules())}
+    for module, mode in modes.items():
+        module.training = mode
+    before = {name: tensor.clone() for name, tensor in backbone.state_dict().items()}
+    fill(root, [store(tmp_path / "cache", backbone)], backbone)
+    assert {module: module.training for module in backbone.modules()} == modes
+    assert all(torch.equal(tensor, before[name]) for name, tensor in backbone.state_dict().items())
+    assert torch.equal(
+        store(tmp_path / "cache", backbone).read(list(names_in(root))),
+        _filled(root, tmp_path / "other").read(list(names_in(root))),
+    )
+
+
+def _filled(root: Path, cache: Path) -> stores.FeatureStore:
+    made = store(cache, TinyBackbone())
+    fill(root, [made])
+    return made

@@ -1,0 +1,226 @@
+"""What is stored is what was computed, and anything else is named."""
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from tests.doubles import TINY, TinyBackbone, image_folder, save_image
+from tests.features.images import contents, fill, names_in, store
+from tl_lightning.features import DamagedStoreError, FeatureStore, StaleStoreError, StoredRows, recipe_of
+from tl_lightning.features.messages import describe_gaps
+from tl_lightning.images import read_image
+from tl_lightning.transforms import eval_transform
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def _small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tl_lightning.features.store.BLOCK", 16)
+    monkeypatch.setattr("tl_lightning.features.extraction.BATCH", 8)
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    return image_folder(tmp_path / "photos", {"ant": 25, "bee": 16})
+
+
+@pytest.mark.parametrize("boundary", ["head", "map", "layer2", "stem"])
+def test_rows_are_what_the_backbone_makes(root: Path, tmp_path: Path, boundary: str) -> None:
+    backbone = TinyBackbone().eval()
+    made = store(tmp_path / "cache", backbone, boundary)
+    fill(root, [made], backbone)
+
+    names = names_in(root)
+    keys = list(names)
+    batch = keys[16:24]  # the first of the second block
+    images = torch.stack([eval_transform(TINY)(read_image(root / names[key])) for key in batch])
+    expected: dict[str, Callable[[Tensor], Tensor]] = {
+        "head": backbone,
+        "map": backbone.forward_map,
+        "layer2": backbone.split("layer2")[0],
+        "stem": torch.nn.Identity(),
+    }
+    assert torch.equal(made.read(batch), expected[boundary](images))
+    assert len(made) == 41
+    backwards = made.read(keys[::-1])
+    assert torch.equal(backwards.flip(0), made.read(keys))
+
+
+def test_rows_keep_the_layout_of_the_network(root: Path, tmp_path: Path) -> None:
+    backbone = TinyBackbone().to(memory_format=torch.channels_last).eval()
+    made = store(tmp_path / "cache", backbone, "layer2")
+    fill(root, [made], backbone)
+    keys = list(names_in(root))
+    images = torch.stack([eval_transform(TINY)(read_image(root / name)) for name in list(names_in(root).values())[:8]])
+    expected = backbone.split("layer2")[0](images)
+    for found in (made.read(keys[:8]), StoredRows(made, keys, CPU).take(torch.arange(8))):
+        assert torch.equal(found, expected)
+        assert found.stride()[1:] == expected.stride()[1:]
+
+
+def test_rows_on_disk_are_the_rows_in_memory(root: Path, tmp_path: Path) -> None:
+    made = [store(tmp_path / "cache", TinyBackbone(), "layer2", dtype) for dtype in ("float32", "bfloat16")]
+    for each in made:
+        fill(root, [each])
+        keys = list(names_in(root))
+        resident, mapped = StoredRows(each, keys, CPU), StoredRows(each, keys, CPU, share=0.0)
+        assert resident.resident is not None
+        assert mapped.resident is None
+        places = torch.randperm(len(keys))[:30]
+        assert torch.equal(resident.take(places), mapped.take(places))
+        assert resident.take(places).dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_narrow_types_tell_their_error(root: Path, tmp_path: Path, dtype: str) -> None:
+    exact, narrow = (store(tmp_path / "cache", TinyBackbone(), "layer1", each) for each in ("float32", dtype))
+    fill(root, [exact])
+    error = fill(root, [narrow]).error
+    keys = list(names_in(root))[:16]
+    measured = float((narrow.read(keys).float() - exact.read(keys)).norm() / exact.read(keys).norm())
+    assert 0 < measured <= error < {"float16": 1e-3, "bfloat16": 1e-2}[dtype]
+    shards = [sum(f.stat().st_size for f in each.folder.glob("*.npy")) for each in (exact, narrow)]
+    assert shards[1] < 0.6 * shards[0]
+
+
+def test_what_does_not_fit_a_type_is_refused(root: Path, tmp_path: Path) -> None:
+    backbone = TinyBackbone()
+    with torch.no_grad():
+        backbone.get_parameter("model.stem.norm.weight").mul_(1e6)
+    with pytest.raises(ValueError, match=r"go beyond float16, up to .*float32 or bfloat16"):
+        fill(root, [store(tmp_path / "cache", backbone, "layer1", "float16")], backbone)
+    assert not list((tmp_path / "cache").glob("*/manifest.json"))
+
+
+def change_a_weight(backbone: TinyBackbone, name: str) -> TinyBackbone:
+    with torch.no_grad():
+        backbone.get_parameter(name).view(-1)[0] += 1e-3
+    return backbone
+
+
+def test_every_change_is_caught_by_name(root: Path, tmp_path: Path) -> None:
+    made = store(tmp_path / "cache", TinyBackbone(), "layer2")
+    fill(root, [made])
+    cropped = TinyBackbone()
+    cropped.preprocessing = TINY._replace(crop=12)
+    moved = TinyBackbone()
+    moved.get_buffer("model.layer1.norm.running_mean")[0] += 1e-3
+    others = {
+        "weights": recipe_of(
+            change_a_weight(TinyBackbone(), "model.layer1.conv.weight"), "layer2", background=(255,) * 3
+        ),
+        "weights ": recipe_of(moved, "layer2", background=(255,) * 3),
+        "preprocessing": recipe_of(cropped, "layer2", background=(255,) * 3),
+        "preprocessing ": recipe_of(TinyBackbone(), "layer2", background=(0, 0, 0)),
+        "boundary": recipe_of(TinyBackbone(), "layer3", background=(255,) * 3),
+        "dtype": recipe_of(TinyBackbone(), "layer2", background=(255,) * 3, dtype="float16"),
+        "augmentation": recipe_of(TinyBackbone(), "layer2", background=(255,) * 3, augmentation="flips"),
+        "backbone": recipe_of(TinyBackbone(chance=0.1), "layer2", background=(255,) * 3),
+    }
+    for field, recipe in others.items():
+        with pytest.raises(StaleStoreError, match=f"do not fit: (.*; )?{field.strip()} is .* and was "):
+            FeatureStore(made.folder, recipe)
+        assert recipe.folder != made.recipe.folder
+    # What comes after the boundary plays no part.
+    later = recipe_of(change_a_weight(TinyBackbone(), "model.layer3.conv.weight"), "layer2", background=(255,) * 3)
+    assert later == made.recipe
+
+    fresh = store(tmp_path / "cache", cropped, "layer2")
+    assert "none are stored that fit, since preprocessing is" in describe_gaps(fresh, names_in(root))
+
+
+def test_changed_and_new_images_are_computed_alone(root: Path, tmp_path: Path) -> None:
+    made = store(tmp_path / "cache", TinyBackbone(), "layer2")
+    fill(root, [made])
+    before = {path.name: path.read_bytes() for path in made.folder.glob("*.npy")}
+    changed = root / "ant" / "007.png"
+    pixels = np.asarray(Image.open(changed)).copy()
+    pixels[3, 4, 0] ^= 1
+    Image.fromarray(pixels).save(changed)
+    for number in range(10):
+        save_image(root / "ant" / f"0{number}new.png", seed=9000 + number)
+    (root / "ant" / "008.png").rename(root / "bee" / "moved.png")
+
+    said = describe_gaps(made, names_in(root))
+    assert said.startswith(
+        "computed anew for images: 1 changed (ant/007.png) and 10 new (ant/00new.png, ant/01new.png, "
+    )
+    seen: list[str] = []
+    done = fill(root, [made], seen=seen)
+    assert done.rows == len(seen) == 11
+    assert sorted(seen) == sorted(["ant/007.png", *(f"ant/0{number}new.png" for number in range(10))])
+    assert {name: data for name, data in contents(made.folder).items() if name in before} == before
+
+    afresh = store(tmp_path / "afresh", TinyBackbone(), "layer2")
+    fill(root, [afresh])
+    keys = list(names_in(root))
+    assert torch.equal(made.read(keys), afresh.read(keys))  # although other images were beside them
+    assert fill(root, [made]).rows == 0
+
+
+def test_a_damaged_shard_is_named_and_rebuilt_alone(root: Path, tmp_path: Path) -> None:
+    made = store(tmp_path / "cache", TinyBackbone())
+    fill(root, [made])
+    before = contents(made.folder)
+    shard = made.folder / made.blocks[1].file
+    data = bytearray(shard.read_bytes())
+    data[-5] ^= 1
+    shard.write_bytes(data)
+
+    keys = list(names_in(root))
+    again = FeatureStore(made.folder, made.recipe)
+    assert len(again.read(keys[:16])) == 16  # the other shard is as good as before
+    with pytest.raises(DamagedStoreError, match=f"{shard.name}.*remove this file and run again, and its 16 rows alone"):
+        again.read(keys)
+    shard.unlink()
+    with pytest.raises(DamagedStoreError, match=f"{shard.name}' is missing; run again"):
+        again.read(keys)
+    seen: list[str] = []
+    fill(root, [again], seen=seen)
+    assert len(seen) == 16
+    assert contents(made.folder) == before
+
+
+@pytest.mark.parametrize("text", ["", "{", '{"recipe": 3}', "[]"])
+def test_a_damaged_manifest_is_named_and_shards_are_taken_up(root: Path, tmp_path: Path, text: str) -> None:
+    made = store(tmp_path / "cache", TinyBackbone())
+    fill(root, [made])
+    before = contents(made.folder)
+    manifest = made.folder / "manifest.json"
+    manifest.write_text(text)
+    with pytest.raises(DamagedStoreError, match=re.escape(str(manifest)) + ".*remove this file and run again"):
+        FeatureStore(made.folder, made.recipe)
+    manifest.unlink()
+    seen: list[str] = []
+    fill(root, [store(tmp_path / "cache", TinyBackbone())], seen=seen)
+    assert seen == []
+    assert contents(made.folder) == before
+
+
+def test_a_later_format_is_named(root: Path, tmp_path: Path) -> None:
+    made = store(tmp_path / "cache", TinyBackbone())
+    fill(root, [made])
+    manifest = made.folder / "manifest.json"
+    content = json.loads(manifest.read_text())
+    content["recipe"]["format"] = 99
+    manifest.write_text(json.dumps(content))
+    with pytest.raises(StaleStoreError, match="format 99"):
+        FeatureStore(made.folder, made.recipe)
+
+
+def test_too_little_space_is_said_before_anything_is_computed(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shutil.disk_usage", lambda _: type("", (), {"free": 1000})())
+    seen: list[str] = []
+    with pytest.raises(OSError, match=r"41 rows of 24 float32 at the boundary 'head' take 0.0 MB, and 0.0 MB are free"):
+        fill(root, [store(tmp_path / "cache", TinyBackbone())], seen=seen)
+    assert seen == []

@@ -1,0 +1,187 @@
+"""Batches of images, read and prepared by worker processes."""
+
+import sys
+import time
+import traceback
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, get_worker_info
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
+
+from tl_lightning.batch import PADDING, UNLABELLED, Batch
+from tl_lightning.chance import seeded
+from tl_lightning.data.loader import EpochLoader
+from tl_lightning.data.order import EpochBatches, Key
+from tl_lightning.messages import of_ours
+
+_REST_S = 0.05
+
+_Sample = tuple[Tensor, int, int]  # image, target, index
+
+
+class Transform(Protocol):
+    """From a uint8 image (3, H, W) to a float image (3, h, w)."""
+
+    def __call__(self, image: Tensor, /) -> Tensor:
+        """Transform the image."""
+
+
+class ReadsImages(Protocol):
+    """From a place in a split to a uint8 image (3, H, W)."""
+
+    def __call__(self, index: int, /) -> Tensor:
+        """Read the image at a place."""
+
+
+class ImageDataset(Dataset[_Sample]):
+    """Images by (index, epoch), so that augmentation depends on nothing else.
+
+    Args:
+        read: Reads an image by its place in the split.
+        targets: Class numbers by place in the split; None where they are not known.
+        transform: What the image goes through; it may draw from torch, numpy and random.
+        seed: Seed of the augmentation.
+    """
+
+    def __init__(self, read: ReadsImages, targets: Sequence[int] | None, transform: Transform, seed: int) -> None:
+        self.read = read
+        self.targets = targets
+        self.transform = transform
+        self.seed = seed
+
+    def __getitem__(self, key: Key) -> _Sample:
+        """Make the sample of a key."""
+        image = self.read(key.index)
+        with seeded(self.seed, "augmentation", key.epoch, key.index):
+            image = self.transform(image)
+        target = UNLABELLED if self.targets is None else self.targets[key.index]
+        return image, target, PADDING if key.padding else key.index
+
+
+class _WorkerTraceback(Exception):
+    """Shows the traceback of a worker process as the cause of the error that is raised here."""
+
+    def __str__(self) -> str:
+        return f"\n{self.args[0]}"
+
+
+@dataclass
+class _Failure:
+    """What this package raised in a worker process, to be raised in the process that iterates.
+
+    A ``DataLoader`` would raise an error there whose message is a traceback.
+    """
+
+    error: Exception
+    traceback: str
+
+
+class _Caught(Dataset["_Sample | _Failure"]):
+    """Samples, or in worker processes what this package raised instead."""
+
+    def __init__(self, dataset: Dataset[_Sample]) -> None:
+        self.dataset = dataset
+
+    def __getitem__(self, key: Key) -> "_Sample | _Failure":
+        try:
+            return self.dataset[key]
+        except Exception as error:
+            if get_worker_info() is None or of_ours(error) is None:
+                raise
+            return _Failure(type(error)(str(error)), traceback.format_exc())
+
+
+def _collate(samples: Sequence[_Sample | _Failure]) -> Batch | _Failure:
+    made: list[_Sample] = []
+    for sample in samples:
+        if isinstance(sample, _Failure):
+            return sample
+        made.append(sample)
+    return collate(made)
+
+
+def collate(samples: Sequence[_Sample]) -> Batch:
+    """Put samples into a batch of images."""
+    images, targets, indices = zip(*samples, strict=True)
+    return Batch(torch.stack(images), torch.tensor(targets), torch.tensor(indices), None)
+
+
+class ImageLoader(EpochLoader):
+    """Load the batches of an epoch from image files.
+
+    Args:
+        dataset: Samples by :class:`Key`.
+        batches: The order.
+        num_workers: Processes that prepare samples; 0 prepares them in this one.
+        pin_memory: Put batches into pinned memory, for a GPU.
+    """
+
+    def __init__(self, dataset: Dataset[_Sample], batches: EpochBatches, *, num_workers: int, pin_memory: bool) -> None:
+        super().__init__(batches)
+        self._loader: DataLoader[_Sample | _Failure] = DataLoader(
+            _Caught(dataset),
+            batch_sampler=batches,
+            num_workers=num_workers,
+            collate_fn=_collate,
+            pin_memory=pin_memory,
+            persistent_workers=num_workers > 0,
+            generator=torch.Generator(),  # else every epoch would draw from the global generator
+        )
+
+    def produce(self) -> Iterator[Batch]:
+        """Load the batches."""
+        return _batches_of(self._loader)
+
+    def close(self) -> None:
+        """End the worker processes, which would otherwise stay until Python gets round to it."""
+        iterator = self._loader._iterator
+        if isinstance(iterator, _MultiProcessingDataLoaderIter):
+            iterator._shutdown_workers()
+        self._loader._iterator = None
+
+
+def load_in_order(dataset: Dataset[_Sample], batches: Sequence[Sequence[object]], num_workers: int) -> Iterator[Tensor]:
+    """Load images.
+
+    Args:
+        dataset: Samples by key, whatever a key is.
+        batches: Keys of each batch.
+        num_workers: Processes that prepare samples; 0 prepares them in this one.
+
+    Yields:
+        (n, 3, H, W), the images of each batch.
+    """
+    loader: DataLoader[_Sample | _Failure] = DataLoader(
+        _Caught(dataset),
+        batch_sampler=batches,  # type: ignore[arg-type]  # torch says lists of whatever the data set takes, and means ints
+        num_workers=num_workers,
+        collate_fn=_collate,
+        generator=torch.Generator(),
+    )
+    for batch in _batches_of(loader):
+        yield batch.inputs
+
+
+def _batches_of(loader: "DataLoader[_Sample | _Failure]") -> Iterator[Batch]:
+    if loader.num_workers > 0 and loader._iterator is None:
+        _wait_until_safe_to_fork()
+    for batch in loader:
+        if isinstance(batch, _Failure):
+            raise batch.error from _WorkerTraceback(batch.traceback)
+        yield batch
+
+
+def _wait_until_safe_to_fork() -> None:
+    """Let the threads of the last collective operation come to rest before worker processes are forked.
+
+    When one has just ended, a thread of torch.distributed frees its tensors, for which it registers with Python. Before
+    Python 3.12 a process forked at that very moment waits for ever for the lock that this takes: ``PyOS_AfterFork_Child``
+    makes that lock anew only after it has used it.
+    """
+    if sys.version_info < (3, 12) and dist.is_available() and dist.is_initialized():
+        time.sleep(_REST_S)

@@ -1,0 +1,148 @@
+"""The images of a folder as rows of feature stores."""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from tl_lightning.backbones import Backbone
+from tl_lightning.batch import UNLABELLED
+from tl_lightning.chance import seeded
+from tl_lightning.data.folder import TRAIN
+from tl_lightning.data.image_folder import ImageFolderDataModule
+from tl_lightning.data.image_loader import load_in_order
+from tl_lightning.features import FeatureStore, StoredRows, content_keys, extract, recipe_of
+from tl_lightning.features.messages import describe, describe_gaps
+from tl_lightning.features.together import from_all, raise_on_all, rank_and_world
+from tl_lightning.images import read_image
+from tl_lightning.transforms import Preprocessing, eval_transform, train_transform
+
+
+class StoredImages:
+    """Find what is stored of the images of a folder, and compute what is not.
+
+    A row is found by the content of the image's file, so an image that changes is computed again, alone, and one that is
+    renamed or moved is not.
+
+    Args:
+        images: Where the images come from.
+        cache_dir: Folder of the stores.
+        dtype: In which rows are stored.
+    """
+
+    def __init__(self, images: ImageFolderDataModule, cache_dir: Path, dtype: str) -> None:
+        self.images = images
+        self.cache_dir = cache_dir
+        self.dtype = dtype
+        self._keys: dict[str, str] = {}
+
+    def forget(self) -> None:
+        """Look at the files again the next time."""
+        self._keys = {}
+
+    def complete(self, network: Backbone, boundaries: Sequence[str], views: int) -> None:
+        """Compute and store what is not stored yet, in one pass over the images for all boundaries; on all ranks.
+
+        Args:
+            network: The backbone, where it shall run.
+            boundaries: At which its activations are stored.
+            views: Number of augmented views of each training image; 0 for the images as they are.
+
+        Raises:
+            OSError: There is too little space.
+            ValueError: An image cannot be read, or an activation does not fit into the type.
+        """
+        splits = self.images.splits
+        training = set(splits[TRAIN].files) if TRAIN in splits and views else set()
+        keys = self._content()
+        plain = _by_key((key, file) for file, key in keys.items() if file not in training)
+        drawn = _by_key(
+            (f"{key}:{view}", f"{file} (view {view})")
+            for view in range(views)
+            for file, key in keys.items()
+            if file in training
+        )
+        for names, augmented in ((plain, False), (drawn, True)):
+            if names:
+                self._extract(network, [self._store(network, b, augmented) for b in boundaries], names)
+
+    def rows(
+        self, network: Backbone, boundary: str, files: Sequence[str], view: int | None, device: torch.device
+    ) -> StoredRows:
+        """Return rows for reading.
+
+        Args:
+            network: The backbone, with the weights that it has now.
+            boundary: Whose activations are wanted.
+            files: The images.
+            view: Number of the augmented view; None for the images as they are.
+            device: Where rows are wanted.
+        """
+        store = self._store(network, boundary, augmented=view is not None)
+        contents = self._content()
+        keys = [contents[file] if view is None else f"{contents[file]}:{view}" for file in files]
+        return StoredRows(store, keys, device)
+
+    def _content(self) -> dict[str, str]:
+        """Return the key of each labelled image by its path, in the order of the paths."""
+        if not self._keys:
+            files = sorted(file for samples in self.images.splits.values() for file in samples.files)
+            rank, world = rank_and_world()
+            found: list[str] = []
+            failure = None
+            try:
+                found = content_keys([self.images.root / file for file in files[rank::world]])
+            except OSError as error:
+                failure = error
+            raise_on_all(failure)
+            for first, share in enumerate(from_all(found)):
+                self._keys |= dict(zip(files[first::world], share, strict=True))
+            self._keys = dict(sorted(self._keys.items()))
+        return self._keys
+
+    def _store(self, network: Backbone, boundary: str, augmented: bool) -> FeatureStore:
+        augmentation = "none"
+        if augmented:
+            transform = train_transform(network.preprocessing, self.images.flip)
+            augmentation = f"{' '.join(repr(transform).split())} from seed {self.images.seed}"
+        recipe = recipe_of(
+            network, boundary, background=self.images.background, augmentation=augmentation, dtype=self.dtype
+        )
+        return FeatureStore(self.cache_dir / recipe.folder, recipe)
+
+    def _extract(self, network: Backbone, stores: Sequence[FeatureStore], names: dict[str, str]) -> None:
+        why = describe_gaps(stores[0], names)
+        images = _Images(self.images, {key: file for file, key in self._content().items()}, network.preprocessing)
+        if why and rank_and_world()[0] == 0:
+            print(f"features: {why}")
+        done = extract(network, stores, names, lambda keys: load_in_order(images, keys, self.images.workers))
+        if done.rows and rank_and_world()[0] == 0:
+            print(f"features: {describe(done, stores)}")
+
+
+class _Images(Dataset[tuple[Tensor, int, int]]):
+    """Prepared images by the keys of their rows."""
+
+    def __init__(self, images: ImageFolderDataModule, files: dict[str, str], preprocessing: Preprocessing) -> None:
+        self.root, self.background, self.seed = images.root, images.background, images.seed
+        self.files = files
+        self.plain = eval_transform(preprocessing)
+        self.augment = train_transform(preprocessing, images.flip)
+
+    def __getitem__(self, key: str) -> tuple[Tensor, int, int]:
+        content, _, view = key.partition(":")
+        image = read_image(self.root / self.files[content], self.background)
+        if not view:
+            return self.plain(image), UNLABELLED, 0
+        with seeded(self.seed, "augmentation", int(view), content):
+            return self.augment(image), UNLABELLED, 0
+
+
+def _by_key(pairs: Iterable[tuple[str, str]]) -> dict[str, str]:
+    """Return the names by key; images of equal content are one, under the first of their names."""
+    found: dict[str, str] = {}
+    for key, name in pairs:
+        found.setdefault(key, name)
+    return found

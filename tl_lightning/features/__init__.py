@@ -1,0 +1,18 @@
+"""Features on disk: what is frozen is computed once."""
+
+from tl_lightning.features.extraction import Extracted, extract
+from tl_lightning.features.recipe import Recipe, content_keys, recipe_of
+from tl_lightning.features.rows import StoredRows
+from tl_lightning.features.store import DamagedStoreError, FeatureStore, StaleStoreError
+
+__all__ = [
+    "DamagedStoreError",
+    "Extracted",
+    "FeatureStore",
+    "Recipe",
+    "StaleStoreError",
+    "StoredRows",
+    "content_keys",
+    "extract",
+    "recipe_of",
+]

@@ -1,0 +1,148 @@
+"""Compute the rows that stores lack: each rank its share, in whole shards."""
+
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from tl_lightning.backbones import Backbone
+from tl_lightning.features.activations import activations
+from tl_lightning.features.estimate import check_space
+from tl_lightning.features.store import Block, FeatureStore, Layout
+from tl_lightning.features.together import from_all, from_first, locked, raise_on_all, rank_and_world
+from tl_lightning.freezing import as_frozen, evaluating
+
+BATCH = 32
+"""Images that go through the network together, always as many: kernels compute in another order for other sizes."""
+
+Load = Callable[[Sequence[Sequence[str]]], Iterable[torch.Tensor]]
+"""From the keys of each batch to the images (n, 3, H, W) of each batch, in the same order."""
+
+
+class Extracted(NamedTuple):
+    """What an extraction did, on all ranks."""
+
+    rows: int
+    """Images, or views of images, that went through the network."""
+    seconds: float
+    error: float
+    """Largest error of a shard by its type, the norm of the difference over the norm; 0 for float32."""
+
+
+def extract(
+    backbone: Backbone,
+    stores: Sequence[FeatureStore],
+    names: Mapping[str, str],
+    load: Load,
+    *,
+    show_progress: bool = True,
+) -> Extracted:
+    """Compute what stores lack, in one pass over the images for all boundaries, and write it.
+
+    What is complete already is not computed again, so an extraction that was stopped goes on. On several ranks, all call
+    this, each computes whole shards, and they come back when all are done.
+
+    Args:
+        backbone: The network, where it shall run.
+        stores: Of this backbone, at its boundaries.
+        names: Of the rows wanted, by key: the order in which new ones are computed.
+        load: Loads images.
+        show_progress: Draw a bar.
+
+    Raises:
+        OSError: There is too little space.
+        ValueError: An image cannot be read, or an activation does not fit into the store's type.
+        RuntimeError: Another rank failed, or sees another folder.
+    """
+    begin = time.monotonic()
+    rank, world = rank_and_world()
+    if from_first(all(_is_complete(store, names) for store in stores)):
+        return Extracted(0, 0.0, 0.0)
+    stores = sorted(stores, key=lambda store: store.folder)
+    with locked([store.lock for store in stores], f"computing features in {stores[0].folder}"):
+        for store in stores:
+            store.reload()
+        plans, missing = from_first(_plan(stores, names))
+        layouts = _layouts(backbone, [store.recipe.boundary for store in stores])
+        for store, gaps in zip(stores, missing, strict=True):
+            check_space(store, layouts[store.recipe.boundary], sum(len(block.names) for block in gaps))
+        blocks = list(dict.fromkeys(block for gaps in missing for block in gaps))
+        rows = sum(len(block.names) for block in blocks)
+        error, failure = 0.0, None
+        try:
+            error = _compute(backbone, stores, missing, blocks[rank::world], layouts, load, show_progress and rank == 0)
+        except Exception as raised:  # noqa: BLE001 - the other ranks are to hear of it, whatever it is
+            failure = raised
+        raise_on_all(failure)
+        failure = None
+        if rank == 0:
+            try:
+                for store, plan, gaps in zip(stores, plans, missing, strict=True):
+                    store.finish(plan, gaps, layouts[store.recipe.boundary])
+            except Exception as raised:  # noqa: BLE001 - as above
+                failure = raised
+        raise_on_all(failure)
+        for store in stores:
+            store.reload()
+    if not all(_is_complete(store, names) for store in stores):
+        raise RuntimeError(
+            f"rank {rank} does not see the features that were just written to {str(stores[0].folder)!r}: give a cache_dir that "
+            "all machines share"
+        )
+    return Extracted(rows, time.monotonic() - begin, max(from_all(error)))
+
+
+def _is_complete(store: FeatureStore, names: Mapping[str, str]) -> bool:
+    return store.plan(names) == list(store.blocks) and all(store.is_written(block) for block in store.blocks)
+
+
+def _plan(stores: Sequence[FeatureStore], names: Mapping[str, str]) -> tuple[list[list[Block]], list[list[Block]]]:
+    """Return the blocks that each store will have, and those of them that are not there yet."""
+    plans = [store.plan(names) for store in stores]
+    return plans, [[b for b in plan if not store.is_written(b)] for store, plan in zip(stores, plans, strict=True)]
+
+
+def _layouts(backbone: Backbone, boundaries: Sequence[str]) -> dict[str, Layout]:
+    device = next(backbone.parameters()).device
+    with torch.inference_mode(), as_frozen(device.type), evaluating(backbone):
+        images = torch.zeros(1, 3, *backbone.preprocessing.crop_shape, device=device)
+        return {boundary: Layout.of(rows) for boundary, rows in activations(backbone, images, boundaries).items()}
+
+
+def _compute(
+    backbone: Backbone,
+    stores: Sequence[FeatureStore],
+    missing: Sequence[Sequence[Block]],
+    blocks: Sequence[Block],
+    layouts: Mapping[str, Layout],
+    load: Load,
+    show: bool,
+) -> float:
+    """Compute and write blocks; return the largest error by the type of a store."""
+    device = next(backbone.parameters()).device
+    batches = [block.keys[i : i + BATCH] for block in blocks for i in range(0, len(block.keys), BATCH)]
+    images = iter(load(batches))
+    columns = (TextColumn("features"), BarColumn(), MofNCompleteColumn(), TextColumn("images"), TimeRemainingColumn())
+    error = 0.0
+    with (
+        torch.inference_mode(),
+        as_frozen(device.type),
+        evaluating(backbone),
+        Progress(*columns, disable=not show) as progress,
+    ):
+        bar = progress.add_task("", total=sum(map(len, batches)))
+        for block in blocks:
+            wanting = [store for store, gaps in zip(stores, missing, strict=True) if block in gaps]
+            boundaries = [store.recipe.boundary for store in wanting]
+            made: dict[str, list[torch.Tensor]] = {boundary: [] for boundary in boundaries}
+            for _ in range(0, len(block.keys), BATCH):
+                batch = next(images)
+                filled = torch.cat([batch, batch.new_zeros(BATCH - len(batch), *batch.shape[1:])]).to(device)
+                for boundary, rows in activations(backbone, filled, boundaries).items():
+                    made[boundary].append(layouts[boundary].to_disk(rows[: len(batch)]).cpu())
+                progress.advance(bar, len(batch))
+            for store in wanting:
+                error = max(error, store.write(block, torch.cat(made.pop(store.recipe.boundary))))
+    return error

@@ -1,0 +1,319 @@
+"""Features, or activations at any boundary, on disk: computed once, read by the content of the image.
+
+A store is a folder with shards, arrays of rows (``.npy``), and a manifest that says which row stands for which image. A
+shard is written under a temporary name, flushed and renamed, and the manifest is replaced last, so that whatever is killed
+when, a reader sees a complete store or none. Shards never change; new rows go into new ones.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from filelock import FileLock
+from torch import Tensor
+from typing_extensions import Self
+
+from tl_lightning.features.recipe import DTYPES, FORMAT, Recipe, file_digest
+
+BLOCK = 256
+"""Rows of a shard. Which rows are computed together never depends on ranks, restarts or the batch size."""
+MANIFEST = "manifest.json"
+
+Shard = npt.NDArray[np.generic]
+"""Rows as they lie on disk; bfloat16, which numpy does not know, as integers of 16 bits."""
+_NUMPY = {torch.float32: np.float32, torch.float16: np.float16, torch.bfloat16: np.uint16}
+
+
+class StaleStoreError(ValueError):
+    """A store holds something else than what is asked for."""
+
+
+class DamagedStoreError(ValueError):
+    """A file of a store is not what was written."""
+
+
+class Block(NamedTuple):
+    """Rows that are computed together and lie in one shard."""
+
+    names: tuple[tuple[str, str], ...]
+    """Key and name of each row: the key tells the content, the name is for messages."""
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """Key of each row."""
+        return tuple(key for key, _ in self.names)
+
+    @property
+    def file(self) -> str:
+        """Name of the shard, another one for any other rows."""
+        digest = hashlib.sha256("\n".join(self.keys).encode()).hexdigest()
+        return f"{digest[:24]}.npy"
+
+
+class Layout(NamedTuple):
+    """How a row lies in memory: as the backbone makes it, since kernels compute in another order in another layout."""
+
+    shape: tuple[int, ...]
+    """Of a row."""
+    channels_last: bool
+    """Whether a row (C, h, w) lies as (h, w, C)."""
+
+    @classmethod
+    def of(cls, rows: Tensor) -> Self:
+        """Return the layout of rows (N, ...)."""
+        last = rows.ndim == 4 and rows.is_contiguous(memory_format=torch.channels_last) and not rows.is_contiguous()
+        return cls(tuple(rows.shape[1:]), last)
+
+    @property
+    def stored_shape(self) -> tuple[int, ...]:
+        """Shape of a row on disk."""
+        return (*self.shape[1:], self.shape[0]) if self.channels_last else self.shape
+
+    def to_disk(self, rows: Tensor) -> Tensor:
+        """Bring rows from (N, ...) to what lies on disk."""
+        return (rows.permute(0, 2, 3, 1) if self.channels_last else rows).contiguous()
+
+    def from_disk(self, rows: Tensor) -> Tensor:
+        """Bring rows from what lies on disk to (N, ...), without a copy."""
+        return rows.permute(0, 3, 1, 2) if self.channels_last else rows
+
+
+class FeatureStore:
+    """Rows of one recipe, by the content of the image.
+
+    Args:
+        folder: Where the store lies, or will lie.
+        recipe: What the rows depend on.
+
+    Raises:
+        StaleStoreError: The folder holds rows of another recipe, or of a later format; the message names what differs.
+        DamagedStoreError: The manifest cannot be read.
+    """
+
+    def __init__(self, folder: str | Path, recipe: Recipe) -> None:
+        self.folder = Path(folder)
+        self.recipe = recipe
+        self.layout: Layout | None = None
+        """How rows lie; None while there are none."""
+        self.blocks: tuple[Block, ...] = ()
+        self._digests: dict[str, str] = {}
+        self._places: dict[str, tuple[int, int]] = {}
+        self._sound: set[str] = set()
+        self.reload()
+
+    @property
+    def lock(self) -> FileLock:
+        """Held by whoever writes."""
+        self.folder.parent.mkdir(parents=True, exist_ok=True)
+        return FileLock(self.folder.with_name(f"{self.folder.name}.lock"))
+
+    def reload(self) -> None:
+        """Look at the manifest again, to which another run may have added.
+
+        Raises:
+            StaleStoreError: It is of another recipe, or of a later format.
+            DamagedStoreError: It cannot be read.
+        """
+        manifest = _read_manifest(self.folder)
+        if manifest is None:
+            return
+        found = Recipe(**manifest["recipe"])
+        if found != self.recipe:
+            raise StaleStoreError(
+                f"the stored features in {str(self.folder)!r} do not fit: {'; '.join(self.recipe.differences(found))}"
+            )
+        shards = manifest["shards"]
+        self.layout = Layout(tuple(manifest["row_shape"]), manifest["channels_last"])
+        self.blocks = tuple(Block(tuple((key, name) for key, name in shard["rows"])) for shard in shards)
+        self._digests = {shard["file"]: shard["sha256"] for shard in shards}
+        self._places = {
+            key: (number, row) for number, block in enumerate(self.blocks) for row, key in enumerate(block.keys)
+        }
+
+    def __len__(self) -> int:
+        """Return the number of rows."""
+        return len(self._places)
+
+    def __contains__(self, key: str) -> bool:
+        """Return whether there is a row."""
+        return key in self._places
+
+    # Reading --------------------------------------------------------------------------------------------------------
+
+    def shards_of(self, keys: Sequence[str]) -> dict[int, Shard]:
+        """Map the shards that hold these rows into memory, each as it lies on disk, after looking whether it is sound.
+
+        Raises:
+            KeyError: A row is not stored.
+            DamagedStoreError: A shard is missing, or is not what was written.
+        """
+        return {number: self._shard(number) for number in sorted({self._places[key][0] for key in keys})}
+
+    def place(self, key: str) -> tuple[int, int]:
+        """Return the shard of a row, and its place in it."""
+        return self._places[key]
+
+    def read(self, keys: Sequence[str]) -> Tensor:
+        """Read rows into memory.
+
+        Args:
+            keys: Of the rows wanted, in any order.
+
+        Returns:
+            (N, ...), in the store's type.
+
+        Raises:
+            KeyError: A row is not stored.
+            DamagedStoreError: A shard is missing, or is not what was written.
+        """
+        rows = self.read_as_stored(keys)
+        return rows if self.layout is None else self.layout.from_disk(rows)
+
+    def read_as_stored(self, keys: Sequence[str]) -> Tensor:
+        """Read rows into memory, as they lie on disk; see :class:`Layout`."""
+        shards = self.shards_of(keys)
+        dtype = DTYPES[self.recipe.dtype]
+        shape = () if self.layout is None else self.layout.stored_shape
+        rows = np.empty((len(keys), *shape), _NUMPY[dtype])
+        wanted: dict[int, tuple[list[int], list[int]]] = {number: ([], []) for number in shards}
+        for position, key in enumerate(keys):
+            number, row = self._places[key]
+            wanted[number][0].append(position)
+            wanted[number][1].append(row)
+        for number, (positions, places) in wanted.items():
+            rows[positions] = shards[number][places]
+        return torch.from_numpy(rows).view(dtype)
+
+    def _shard(self, number: int) -> Shard:
+        file = self.blocks[number].file
+        path = self.folder / file
+        if not path.is_file():
+            raise DamagedStoreError(
+                f"the shard {str(path)!r} is missing; run again, and its rows alone are computed anew"
+            )
+        if file not in self._sound and file_digest(path) != self._digests[file]:
+            raise DamagedStoreError(
+                f"the shard {str(path)!r} is not what was written, by its SHA-256; remove this file and run again, and its "
+                f"{len(self.blocks[number].names)} rows alone are computed anew"
+            )
+        self._sound.add(file)
+        shard: Shard = np.load(path, mmap_mode="r", allow_pickle=False)
+        return shard
+
+    # Writing --------------------------------------------------------------------------------------------------------
+
+    def plan(self, names: Mapping[str, str]) -> list[Block]:
+        """Divide rows into blocks: stored ones stay as they are, all others follow in their order.
+
+        Args:
+            names: Of the rows wanted, by key.
+
+        Returns:
+            All blocks that the store then has.
+        """
+        kept = [b for b in self.blocks if (self.folder / b.file).is_file() or all(key in names for key in b.keys)]
+        known = {key for block in kept for key in block.keys}
+        new = [(key, name) for key, name in names.items() if key not in known]
+        return kept + [Block(tuple(new[i : i + BLOCK])) for i in range(0, len(new), BLOCK)]
+
+    def is_written(self, block: Block) -> bool:
+        """Return whether the shard of a block is there; whatever is there is complete."""
+        return (self.folder / block.file).is_file()
+
+    def write(self, block: Block, rows: Tensor) -> float:
+        """Write the rows of a block, all at once or not at all.
+
+        Args:
+            block: Which rows these are.
+            rows: (N, ...), on the CPU, as they lie on disk; see :meth:`Layout.to_disk`.
+
+        Returns:
+            The error by the store's type: the norm of the difference over the norm.
+
+        Raises:
+            ValueError: The store's type cannot hold a number.
+        """
+        narrow = rows.to(DTYPES[self.recipe.dtype])
+        if not torch.isfinite(narrow).all():
+            cause = "are not finite" if not torch.isfinite(rows).all() else f"go beyond {self.recipe.dtype}"
+            raise ValueError(
+                f"activations at the boundary {self.recipe.boundary!r} {cause}, up to {rows.abs().max():.3g}: store them as "
+                "float32 or bfloat16, and look at the weights if they are not finite"
+            )
+        array = (narrow.view(torch.uint16) if narrow.dtype == torch.bfloat16 else narrow).numpy()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        _replace(self.folder / block.file, lambda file: np.save(file, array, allow_pickle=False))
+        if narrow.dtype == rows.dtype:
+            return 0.0
+        return float((narrow.to(rows.dtype) - rows).norm() / rows.norm().clamp_min(1e-30))
+
+    def finish(self, blocks: Sequence[Block], written: Collection[Block], layout: Layout) -> None:
+        """Write the manifest over complete shards, and remove what killed processes left behind.
+
+        Args:
+            blocks: All that the store has now.
+            written: Those of them whose shards are new.
+            layout: Of their rows.
+        """
+        digests = dict(self._digests)
+        for block in blocks:
+            if block in written or block.file not in digests:  # it may have been written before a manifest was
+                digests[block.file] = file_digest(self.folder / block.file)
+        shards = [{"file": block.file, "sha256": digests[block.file], "rows": block.names} for block in blocks]
+        manifest = {
+            "recipe": self.recipe._asdict(),
+            "row_shape": layout.shape,
+            "channels_last": layout.channels_last,
+            "shards": shards,
+        }
+        text = json.dumps(manifest, indent=1, sort_keys=True).encode(errors="surrogateescape")
+        for left in self.folder.glob(".*.part"):
+            left.unlink()
+        _replace(self.folder / MANIFEST, lambda file: file.write(text))
+        self.reload()
+
+
+def _read_manifest(folder: Path) -> dict[str, Any] | None:
+    path = folder / MANIFEST
+    if not path.is_file():
+        return None
+    try:
+        manifest: dict[str, Any] = json.loads(path.read_bytes())
+        found = manifest["recipe"]["format"]
+        if found > FORMAT:
+            raise StaleStoreError(
+                f"{str(path)!r} was written in the later format {found}; update tl_lightning, or remove it"
+            )
+    except (KeyError, TypeError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise DamagedStoreError(
+            f"{str(path)!r} cannot be read ({type(error).__name__}: {error}); remove this file and run again: shards that "
+            "are complete are taken up"
+        ) from error
+    return manifest
+
+
+def recipes_in(cache_dir: str | Path) -> list[Recipe]:
+    """Return the recipes of all complete stores in a folder; what cannot be read is passed over."""
+    found = []
+    for path in sorted(Path(cache_dir).glob(f"*/{MANIFEST}")):
+        with suppress(StaleStoreError, DamagedStoreError, OSError, TypeError):
+            manifest = _read_manifest(path.parent)
+            if manifest is not None:
+                found.append(Recipe(**manifest["recipe"]))
+    return found
+
+
+def _replace(path: Path, write: Callable[[IO[bytes]], object]) -> None:
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}.part")
+    with unfinished.open("wb") as file:
+        write(file)
+        file.flush()
+        os.fsync(file.fileno())
+    unfinished.replace(path)
