@@ -16,7 +16,7 @@ from tl_lightning.data.loader import EpochLoader
 from tl_lightning.data.provenance import Provenance
 from tl_lightning.data.resumable import ResumableDataModule
 from tl_lightning.data.stored import StoredImages
-from tl_lightning.features import StoredRows
+from tl_lightning.features import StoredRows, check_dtype
 from tl_lightning.freezing import HEAD
 from tl_lightning.transforms import Preprocessing
 
@@ -52,6 +52,7 @@ class CachedFeaturesDataModule(ResumableDataModule):
         super().__init__()
         if views < 0:
             raise ValueError(f"views is {views}; it is a number of augmented views, or 0 for the images as they are")
+        check_dtype(dtype)
         self.images = images
         self.root = images.root
         self.batch_size = images.batch_size

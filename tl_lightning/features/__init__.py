@@ -1,7 +1,7 @@
 """Features on disk: what is frozen is computed once."""
 
 from tl_lightning.features.extraction import Extracted, extract
-from tl_lightning.features.recipe import Recipe, content_keys, recipe_of
+from tl_lightning.features.recipe import Recipe, check_dtype, content_keys, recipe_of
 from tl_lightning.features.rows import StoredRows
 from tl_lightning.features.store import DamagedStoreError, FeatureStore, StaleStoreError
 
@@ -12,6 +12,7 @@ __all__ = [
     "Recipe",
     "StaleStoreError",
     "StoredRows",
+    "check_dtype",
     "content_keys",
     "extract",
     "recipe_of",

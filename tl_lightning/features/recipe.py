@@ -57,6 +57,16 @@ def _short(value: object) -> str:
     return f"{text[:12]}..." if re.fullmatch(r"[0-9a-f]{64}", text) else text
 
 
+def check_dtype(dtype: str) -> None:
+    """Make sure that rows can be stored in a type.
+
+    Raises:
+        ValueError: They cannot.
+    """
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype is {dtype!r}; rows are stored as one of {', '.join(DTYPES)}")
+
+
 def recipe_of(
     backbone: Backbone, boundary: str, *, background: Sequence[int], augmentation: str = "none", dtype: str = "float32"
 ) -> Recipe:
@@ -72,8 +82,7 @@ def recipe_of(
     Raises:
         ValueError: There is no such stage or type.
     """
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype is {dtype!r}; rows are stored as one of {', '.join(DTYPES)}")
+    check_dtype(dtype)
     prefix = prefix_of(backbone, boundary)
     tensors = dict(prefix.named_parameters()) | dict(prefix.named_buffers())
     # Which file the weights came from says nothing beyond the weights.
