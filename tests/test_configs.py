@@ -33,7 +33,9 @@ def test_configuration_runs(config: Path, tmp_path: Path, monkeypatch: pytest.Mo
     short = ["--trainer.limit_train_batches=1", "--trainer.limit_val_batches=1", "--trainer.limit_test_batches=1"]
     staged = "StagedUnfreezing" in config.read_text()
     length = [] if staged else ["--trainer.max_epochs=1"]
-    main(["fit", f"--config={config}", *short, *length, "--data.init_args.batch_size=4"])
+    cached = "CachedFeatures" in config.read_text()
+    size = "--data.images.batch_size=16" if cached else "--data.init_args.batch_size=4"
+    main(["fit", f"--config={config}", *short, *length, size])
     (best,) = tmp_path.joinpath("runs").rglob("best.ckpt")
     image_folder(tmp_path / "new", {"x": 3})
     main(["predict", f"--ckpt_path={best}", "--data.root=new", "--trainer.default_root_dir=predicted"])

@@ -34,7 +34,11 @@ def derive_seed(*parts: int | str) -> int:
 
 def seed_torch(*parts: int | str) -> None:
     """Seed torch's global generators, of every device, from ``parts``."""
-    torch.manual_seed(derive_seed(*parts))
+    seed = derive_seed(*parts)
+    if torch.accelerator.is_available():
+        torch.manual_seed(seed)
+    else:  # torch.manual_seed would queue a seed for each device that might come to be, with a stack trace, for ever
+        torch.default_generator.manual_seed(seed)
 
 
 @contextmanager

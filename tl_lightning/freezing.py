@@ -108,10 +108,16 @@ class Staging:
             id(module)
             for name in self.trained
             for module in self.stages[name].modules
-            if training and (self.train_bn or not isinstance(module, _NormBase))
+            if self.train_bn or not isinstance(module, _NormBase)
         }
-        for module in self.backbone.modules():
-            module.training = id(module) in moving
+        self._parts = [(module, id(module) in moving) for module in self.backbone.modules()]
+        self.keep(training=training)
+
+    def keep(self, *, training: bool = True) -> None:
+        """Do as :meth:`hold` for the modules that there were when it was last called: fast enough for every step."""
+        for module, moves in self._parts:
+            if module.training is not (training and moves):
+                module.training = training and moves
 
     def still(self) -> dict[str, Tensor]:
         """Return, by name, the parameters and buffers of the backbone that do not change now."""

@@ -52,6 +52,19 @@ def test_average_is_validated_and_saved(photos: Path, tmp_path: Path) -> None:
         assert torch.equal(tensor, model.state_dict()[name]), name
 
 
+@pytest.mark.parametrize("stage", ["validate", "test"])
+def test_score_after_fit_is_that_of_the_saved_average(stage: str, photos: Path, tmp_path: Path) -> None:
+    """Lightning's own callback puts the weights of the last step back, and they are tested in place of those in the file."""
+    model = classifier(lr=0.05)
+    run = trainer(tmp_path, EMA(decay=0.9), enable_checkpointing=True)
+    run.fit(model, images(photos))
+    assert run.checkpoint_callback is not None
+    best = str(run.checkpoint_callback.best_model_path)  # type: ignore[attr-defined]
+    scores = getattr(run, stage)(model, images(photos), ckpt_path=best, weights_only=True, verbose=False)
+    again = PartialFineTuning.load_from_checkpoint(best)
+    assert scores == getattr(trainer(tmp_path), stage)(again, images(photos), verbose=False)
+
+
 def test_wrong_decay() -> None:
     with pytest.raises(ValueError, match=r"decay is 1\.5; it is a share"):
         EMA(decay=1.5)

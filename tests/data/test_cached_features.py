@@ -63,7 +63,9 @@ class Losses(pl.Callback):
             self.served.setdefault(trainer.current_epoch, set()).add(batch.boundary)
 
 
-def cached(photos: str | Path, cache: Path, backbone: Backbone | None = None, **options: Any) -> CachedFeaturesDataModule:
+def cached(
+    photos: str | Path, cache: Path, backbone: Backbone | None = None, **options: Any
+) -> CachedFeaturesDataModule:
     folder = images(photos, augment=False, preprocessing=None)
     return CachedFeaturesDataModule(folder, backbone or TinyBackbone(), str(cache), **options)
 

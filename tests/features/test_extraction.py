@@ -16,6 +16,7 @@ from tests.features.images import contents, fill, names_in, store
 from tests.ranks import run_on_ranks
 from tl_lightning.features import extraction
 from tl_lightning.features import store as stores
+from tl_lightning.features.files import Block
 from tl_lightning.features.messages import describe
 
 BOUNDARIES = ("head", "layer2")
@@ -48,7 +49,7 @@ def slowly(root: Path, cache: Path) -> None:
     torch.set_num_threads(1)  # threads do not survive a fork
     at_once = stores.FeatureStore.write
 
-    def write(self: stores.FeatureStore, block: stores.Block, rows: torch.Tensor) -> float:
+    def write(self: stores.FeatureStore, block: Block, rows: torch.Tensor) -> float:
         time.sleep(0.004)
         return at_once(self, block, rows)
 

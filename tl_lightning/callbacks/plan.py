@@ -39,12 +39,15 @@ def describe_plan(trainer: Trainer, classifier: TransferClassifier) -> dict[str,
     if isinstance(data, CachedFeaturesDataModule):
         rows["features"] = data.describe()
     rows |= _stages(trainer, classifier)
+    if not classifier.automatic_optimization:
+        rows["solved by"] = f"{type(classifier.head).__name__}, on all features at once"
     ever = {HEAD, *_ever_trained(trainer, classifier)}
-    for optimizer in trainer.optimizers:
+    for optimizer in trainer.optimizers if classifier.automatic_optimization else ():
         rates = {str(group.get("name")): group.get("initial_lr", group["lr"]) for group in optimizer.param_groups}
         shown = ", ".join(f"{name} {lr:.3g}" for name, lr in rates.items() if name in ever)
         rows["learning rates"] = f"{type(optimizer).__name__}: {shown}"
-    rows["schedule"] = _schedule(trainer, classifier)
+    if classifier.automatic_optimization:
+        rows["schedule"] = _schedule(trainer, classifier)
     rows["length"] = _length(trainer)
     processes = f"{trainer.world_size} processes on " if trainer.world_size > 1 else ""
     rows["device"] = f"{processes}{trainer.strategy.root_device.type}, precision {trainer.precision}"

@@ -1,9 +1,10 @@
 """Features on disk: what is frozen is computed once."""
 
 from tl_lightning.features.extraction import Extracted, extract
+from tl_lightning.features.files import DamagedStoreError, StaleStoreError
 from tl_lightning.features.recipe import Recipe, check_dtype, content_keys, recipe_of
 from tl_lightning.features.rows import StoredRows
-from tl_lightning.features.store import DamagedStoreError, FeatureStore, StaleStoreError
+from tl_lightning.features.store import FeatureStore
 
 __all__ = [
     "DamagedStoreError",

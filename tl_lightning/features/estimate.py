@@ -5,8 +5,9 @@ from pathlib import Path
 
 import torch
 
+from tl_lightning.features.files import Layout
 from tl_lightning.features.recipe import DTYPES
-from tl_lightning.features.store import FeatureStore, Layout
+from tl_lightning.features.store import FeatureStore
 
 _SPARE_BYTES = 1 << 28  # for manifests, checkpoints and whatever else is written meanwhile
 

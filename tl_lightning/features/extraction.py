@@ -10,7 +10,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from tl_lightning.backbones import Backbone
 from tl_lightning.features.activations import activations
 from tl_lightning.features.estimate import check_space
-from tl_lightning.features.store import Block, FeatureStore, Layout
+from tl_lightning.features.files import Block, Layout
+from tl_lightning.features.store import FeatureStore
 from tl_lightning.features.together import from_all, from_first, locked, raise_on_all, rank_and_world
 from tl_lightning.freezing import as_frozen, evaluating
 

@@ -5,84 +5,34 @@ shard is written under a temporary name, flushed and renamed, and the manifest i
 when, a reader sees a complete store or none. Shards never change; new rows go into new ones.
 """
 
-import hashlib
 import json
-import os
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import IO, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from filelock import FileLock
 from torch import Tensor
-from typing_extensions import Self
 
-from tl_lightning.features.recipe import DTYPES, FORMAT, Recipe, file_digest
+from tl_lightning.features.files import (
+    MANIFEST,
+    Block,
+    DamagedStoreError,
+    Layout,
+    StaleStoreError,
+    read_manifest,
+    replace,
+)
+from tl_lightning.features.recipe import DTYPES, Recipe, file_digest
 
 BLOCK = 256
 """Rows of a shard. Which rows are computed together never depends on ranks, restarts or the batch size."""
-MANIFEST = "manifest.json"
 
 Shard = npt.NDArray[np.generic]
 """Rows as they lie on disk; bfloat16, which numpy does not know, as integers of 16 bits."""
 _NUMPY = {torch.float32: np.float32, torch.float16: np.float16, torch.bfloat16: np.uint16}
-
-
-class StaleStoreError(ValueError):
-    """A store holds something else than what is asked for."""
-
-
-class DamagedStoreError(ValueError):
-    """A file of a store is not what was written."""
-
-
-class Block(NamedTuple):
-    """Rows that are computed together and lie in one shard."""
-
-    names: tuple[tuple[str, str], ...]
-    """Key and name of each row: the key tells the content, the name is for messages."""
-
-    @property
-    def keys(self) -> tuple[str, ...]:
-        """Key of each row."""
-        return tuple(key for key, _ in self.names)
-
-    @property
-    def file(self) -> str:
-        """Name of the shard, another one for any other rows."""
-        digest = hashlib.sha256("\n".join(self.keys).encode()).hexdigest()
-        return f"{digest[:24]}.npy"
-
-
-class Layout(NamedTuple):
-    """How a row lies in memory: as the backbone makes it, since kernels compute in another order in another layout."""
-
-    shape: tuple[int, ...]
-    """Of a row."""
-    channels_last: bool
-    """Whether a row (C, h, w) lies as (h, w, C)."""
-
-    @classmethod
-    def of(cls, rows: Tensor) -> Self:
-        """Return the layout of rows (N, ...)."""
-        last = rows.ndim == 4 and rows.is_contiguous(memory_format=torch.channels_last) and not rows.is_contiguous()
-        return cls(tuple(rows.shape[1:]), last)
-
-    @property
-    def stored_shape(self) -> tuple[int, ...]:
-        """Shape of a row on disk."""
-        return (*self.shape[1:], self.shape[0]) if self.channels_last else self.shape
-
-    def to_disk(self, rows: Tensor) -> Tensor:
-        """Bring rows from (N, ...) to what lies on disk."""
-        return (rows.permute(0, 2, 3, 1) if self.channels_last else rows).contiguous()
-
-    def from_disk(self, rows: Tensor) -> Tensor:
-        """Bring rows from what lies on disk to (N, ...), without a copy."""
-        return rows.permute(0, 3, 1, 2) if self.channels_last else rows
 
 
 class FeatureStore:
@@ -121,7 +71,7 @@ class FeatureStore:
             StaleStoreError: It is of another recipe, or of a later format.
             DamagedStoreError: It cannot be read.
         """
-        manifest = _read_manifest(self.folder)
+        manifest = read_manifest(self.folder)
         if manifest is None:
             return
         found = Recipe(**manifest["recipe"])
@@ -249,7 +199,7 @@ class FeatureStore:
             )
         array = (narrow.view(torch.uint16) if narrow.dtype == torch.bfloat16 else narrow).numpy()
         self.folder.mkdir(parents=True, exist_ok=True)
-        _replace(self.folder / block.file, lambda file: np.save(file, array, allow_pickle=False))
+        replace(self.folder / block.file, lambda file: np.save(file, array, allow_pickle=False))
         if narrow.dtype == rows.dtype:
             return 0.0
         return float((narrow.to(rows.dtype) - rows).norm() / rows.norm().clamp_min(1e-30))
@@ -276,27 +226,8 @@ class FeatureStore:
         text = json.dumps(manifest, indent=1, sort_keys=True).encode(errors="surrogateescape")
         for left in self.folder.glob(".*.part"):
             left.unlink()
-        _replace(self.folder / MANIFEST, lambda file: file.write(text))
+        replace(self.folder / MANIFEST, lambda file: file.write(text))
         self.reload()
-
-
-def _read_manifest(folder: Path) -> dict[str, Any] | None:
-    path = folder / MANIFEST
-    if not path.is_file():
-        return None
-    try:
-        manifest: dict[str, Any] = json.loads(path.read_bytes())
-        found = manifest["recipe"]["format"]
-        if found > FORMAT:
-            raise StaleStoreError(
-                f"{str(path)!r} was written in the later format {found}; update tl_lightning, or remove it"
-            )
-    except (KeyError, TypeError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise DamagedStoreError(
-            f"{str(path)!r} cannot be read ({type(error).__name__}: {error}); remove this file and run again: shards that "
-            "are complete are taken up"
-        ) from error
-    return manifest
 
 
 def recipes_in(cache_dir: str | Path) -> list[Recipe]:
@@ -304,16 +235,7 @@ def recipes_in(cache_dir: str | Path) -> list[Recipe]:
     found = []
     for path in sorted(Path(cache_dir).glob(f"*/{MANIFEST}")):
         with suppress(StaleStoreError, DamagedStoreError, OSError, TypeError):
-            manifest = _read_manifest(path.parent)
+            manifest = read_manifest(path.parent)
             if manifest is not None:
                 found.append(Recipe(**manifest["recipe"]))
     return found
-
-
-def _replace(path: Path, write: Callable[[IO[bytes]], object]) -> None:
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.part")
-    with unfinished.open("wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
-    unfinished.replace(path)

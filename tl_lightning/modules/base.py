@@ -140,7 +140,7 @@ class TransferClassifier(Recorded, Staged, Optimized, Evaluated):
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Draw dropout from the place in the run, so that a resumed run draws as an uninterrupted one."""
-        self.staging.hold()
+        self.staging.keep()
         self._boundary.begin(self.trainer, self, self.staging)
         seed_torch(run_seed(), "step", self.trainer.global_step, batch_idx, self.trainer.global_rank)
 

@@ -53,6 +53,15 @@ class Standardize(nn.Module):
         self.register_buffer("variance", torch.ones(features))
         self.register_buffer("count", torch.zeros(()))
 
+    @torch.no_grad()
+    def fit(self, features: Tensor) -> None:
+        """Take the statistics of all features (N, D) at once, and forget what was seen before."""
+        self.count.zero_()
+        variance, mean = torch.var_mean(features.to(self.mean.dtype), 0, correction=0)
+        self.mean.copy_(mean)
+        self.variance.copy_(variance)
+        self.count.fill_(len(features))
+
     def forward(self, features: Tensor) -> Tensor:
         """Standardise the features; in train mode, add them to the statistics first."""
         if self.training:

@@ -1,0 +1,105 @@
+"""The files of a store: manifest and shards."""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+import torch
+from torch import Tensor
+from typing_extensions import Self
+
+from tl_lightning.features.recipe import FORMAT
+
+MANIFEST = "manifest.json"
+
+
+class StaleStoreError(ValueError):
+    """A store holds something else than what is asked for."""
+
+
+class DamagedStoreError(ValueError):
+    """A file of a store is not what was written."""
+
+
+class Block(NamedTuple):
+    """Rows that are computed together and lie in one shard."""
+
+    names: tuple[tuple[str, str], ...]
+    """Key and name of each row: the key tells the content, the name is for messages."""
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """Key of each row."""
+        return tuple(key for key, _ in self.names)
+
+    @property
+    def file(self) -> str:
+        """Name of the shard, another one for any other rows."""
+        digest = hashlib.sha256("\n".join(self.keys).encode()).hexdigest()
+        return f"{digest[:24]}.npy"
+
+
+class Layout(NamedTuple):
+    """How a row lies in memory: as the backbone makes it, since kernels compute in another order in another layout."""
+
+    shape: tuple[int, ...]
+    """Of a row."""
+    channels_last: bool
+    """Whether a row (C, h, w) lies as (h, w, C)."""
+
+    @classmethod
+    def of(cls, rows: Tensor) -> Self:
+        """Return the layout of rows (N, ...)."""
+        last = rows.ndim == 4 and rows.is_contiguous(memory_format=torch.channels_last) and not rows.is_contiguous()
+        return cls(tuple(rows.shape[1:]), last)
+
+    @property
+    def stored_shape(self) -> tuple[int, ...]:
+        """Shape of a row on disk."""
+        return (*self.shape[1:], self.shape[0]) if self.channels_last else self.shape
+
+    def to_disk(self, rows: Tensor) -> Tensor:
+        """Bring rows from (N, ...) to what lies on disk."""
+        return (rows.permute(0, 2, 3, 1) if self.channels_last else rows).contiguous()
+
+    def from_disk(self, rows: Tensor) -> Tensor:
+        """Bring rows from what lies on disk to (N, ...), without a copy."""
+        return rows.permute(0, 3, 1, 2) if self.channels_last else rows
+
+
+def read_manifest(folder: Path) -> dict[str, Any] | None:
+    """Return what a manifest says; None if there is none.
+
+    Raises:
+        StaleStoreError: It is of a later format.
+        DamagedStoreError: It cannot be read.
+    """
+    path = folder / MANIFEST
+    if not path.is_file():
+        return None
+    try:
+        manifest: dict[str, Any] = json.loads(path.read_bytes())
+        found = manifest["recipe"]["format"]
+        if found > FORMAT:
+            raise StaleStoreError(
+                f"{str(path)!r} was written in the later format {found}; update tl_lightning, or remove it"
+            )
+    except (KeyError, TypeError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise DamagedStoreError(
+            f"{str(path)!r} cannot be read ({type(error).__name__}: {error}); remove this file and run again: shards that "
+            "are complete are taken up"
+        ) from error
+    return manifest
+
+
+def replace(path: Path, write: Callable[[IO[bytes]], object]) -> None:
+    """Write a file, all at once or not at all."""
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}.part")
+    with unfinished.open("wb") as file:
+        write(file)
+        file.flush()
+        os.fsync(file.fileno())
+    unfinished.replace(path)
