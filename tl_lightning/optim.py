@@ -131,11 +131,12 @@ def warmup_cosine(optimizer: Optimizer, total_steps: int) -> LambdaLR:
         optimizer: Its groups keep their ratios.
         total_steps: Optimizer steps of the whole run.
     """
+    return LambdaLR(optimizer, lambda step: warmup_cosine_factor(step, total_steps))
+
+
+def warmup_cosine_factor(step: int, total_steps: int) -> float:
+    """Return the share of its rate that a group has at a step; see :func:`warmup_cosine`."""
     warmup = max(1, round(WARMUP_SHARE * total_steps))
-
-    def factor(step: int) -> float:
-        if step < warmup:
-            return (step + 1) / (warmup + 1)
-        return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warmup) / max(1, total_steps - warmup))))
-
-    return LambdaLR(optimizer, factor)
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warmup) / max(1, total_steps - warmup))))

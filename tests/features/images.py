@@ -39,7 +39,7 @@ def fill(
                 seen.extend(names[key] for key in keys)
             yield torch.stack([transform(read_image(root / names[key])) for key in keys])
 
-    return extract(backbone, stores, names, load, show_progress=False)
+    return extract(backbone, stores, names, load)
 
 
 def contents(folder: Path) -> dict[str, bytes]:

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from tests.doubles import TINY, TinyBackbone, image_folder, save_image
 from tests.features.images import contents, fill, names_in, store
-from tl_lightning.features import DamagedStoreError, FeatureStore, StaleStoreError, StoredRows, recipe_of
+from tl_lightning.features import DamagedStoreError, FeatureStore, StaleStoreError, StoredRows, estimate, recipe_of
+from tl_lightning.features.files import Layout
 from tl_lightning.features.messages import describe_gaps
 from tl_lightning.images import read_image
 from tl_lightning.transforms import eval_transform
@@ -224,3 +225,15 @@ def test_too_little_space_is_said_before_anything_is_computed(
     with pytest.raises(OSError, match=r"41 rows of 24 float32 at the boundary 'head' take 0.0 MB, and 0.0 MB are free"):
         fill(root, [store(tmp_path / "cache", TinyBackbone())], seen=seen)
     assert seen == []
+
+
+def test_what_will_not_pay_is_said_with_the_arithmetic() -> None:
+    large, small = Layout((512, 32, 32), False), Layout((512,), False)
+    assert estimate.advice(small, "float32", 1_000_000, seconds=0.004) == ""
+    assert estimate.advice(large, "float32", 100, seconds=0.004) == ""
+    said = estimate.advice(large, "float32", 10_000_000, seconds=0.004)
+    assert said.startswith(
+        "this will hardly pay: 2.1 MB an image take 4.19 ms from disk, since memory cannot hold them all, at 500.0 MB/s, "
+        "and the network 4.00 ms; store a later boundary"
+    )
+    assert "from memory at 5.0 GB/s" in estimate.advice(large, "float32", 100, seconds=0.0002)

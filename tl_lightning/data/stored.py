@@ -14,8 +14,7 @@ from tl_lightning.data.folder import TRAIN
 from tl_lightning.data.image_folder import ImageFolderDataModule
 from tl_lightning.data.image_loader import load_in_order
 from tl_lightning.features import FeatureStore, StoredRows, content_keys, extract, recipe_of
-from tl_lightning.features.messages import describe, describe_gaps
-from tl_lightning.features.together import from_all, raise_on_all, rank_and_world
+from tl_lightning.features.together import all_or_none, from_all, rank_and_world
 from tl_lightning.images import read_image
 from tl_lightning.transforms import Preprocessing, eval_transform, train_transform
 
@@ -90,13 +89,8 @@ class StoredImages:
         if not self._keys:
             files = sorted(file for samples in self.images.splits.values() for file in samples.files)
             rank, world = rank_and_world()
-            found: list[str] = []
-            failure = None
-            try:
+            with all_or_none():
                 found = content_keys([self.images.root / file for file in files[rank::world]])
-            except OSError as error:
-                failure = error
-            raise_on_all(failure)
             for first, share in enumerate(from_all(found)):
                 self._keys |= dict(zip(files[first::world], share, strict=True))
             self._keys = dict(sorted(self._keys.items()))
@@ -113,13 +107,14 @@ class StoredImages:
         return FeatureStore(self.cache_dir / recipe.folder, recipe)
 
     def _extract(self, network: Backbone, stores: Sequence[FeatureStore], names: dict[str, str]) -> None:
-        why = describe_gaps(stores[0], names)
         images = _Images(self.images, {key: file for file, key in self._content().items()}, network.preprocessing)
-        if why and rank_and_world()[0] == 0:
-            print(f"features: {why}")
-        done = extract(network, stores, names, lambda keys: load_in_order(images, keys, self.images.workers))
-        if done.rows and rank_and_world()[0] == 0:
-            print(f"features: {describe(done, stores)}")
+        extract(
+            network,
+            stores,
+            names,
+            lambda keys: load_in_order(images, keys, self.images.workers),
+            say=lambda text: print(f"features: {text}"),
+        )
 
 
 class _Images(Dataset[tuple[Tensor, int, int]]):

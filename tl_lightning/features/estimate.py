@@ -8,7 +8,13 @@ import torch
 from tl_lightning.features.files import Layout
 from tl_lightning.features.recipe import DTYPES
 from tl_lightning.features.store import FeatureStore
+from tl_lightning.memory import free_memory
 
+RESIDENT_SHARE = 0.5
+"""Of the free memory, that rows may take before they are read from disk instead."""
+
+_MEMORY_RATE = 5_000_000_000  # bytes a second, of one core that copies rows at random
+_DISK_RATE = 500_000_000  # bytes a second, of an ordinary solid-state disk
 _SPARE_BYTES = 1 << 28  # for manifests, checkpoints and whatever else is written meanwhile
 
 
@@ -24,7 +30,7 @@ def check_space(store: FeatureStore, layout: Layout, rows: int) -> None:
         OSError: They do not.
     """
     needed = rows * row_bytes(layout, store.recipe.dtype)
-    free = shutil.disk_usage(existing(store.folder)).free
+    free = free_space(store.folder)
     if needed + _SPARE_BYTES > free:
         size = " x ".join(map(str, layout.shape))
         raise OSError(
@@ -34,11 +40,32 @@ def check_space(store: FeatureStore, layout: Layout, rows: int) -> None:
         )
 
 
-def existing(folder: Path) -> Path:
-    """Return a folder, or the nearest one above it that exists."""
-    return next(path for path in (folder, *folder.absolute().parents) if path.is_dir())
+def free_space(folder: Path) -> int:
+    """Return how many bytes are free where a folder lies, or will lie."""
+    return shutil.disk_usage(next(path for path in (folder, *folder.absolute().parents) if path.is_dir())).free
 
 
 def gigabytes(size: int) -> str:
     """Write a number of bytes."""
     return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
+
+
+def advice(layout: Layout, dtype: str, rows: int, seconds: float) -> str:
+    """Say so where reading rows back takes as long as computing them again; else nothing.
+
+    Args:
+        layout: Of a row.
+        dtype: In which rows are stored.
+        rows: How many there are.
+        seconds: That the network takes for a row.
+    """
+    size = row_bytes(layout, dtype)
+    fits = rows * size <= RESIDENT_SHARE * free_memory(torch.device("cpu"))
+    place, rate = ("memory", _MEMORY_RATE) if fits else ("disk, since memory cannot hold them all,", _DISK_RATE)
+    reading = size / rate
+    if reading <= seconds / 2:
+        return ""
+    return (
+        f"this will hardly pay: {gigabytes(size)} an image take {1000 * reading:.2f} ms from {place} at {gigabytes(rate)}/s, and "
+        f"the network {1000 * seconds:.2f} ms; store a later boundary, or train on the images themselves"
+    )

@@ -11,8 +11,9 @@ from tl_lightning.backbones import Backbone
 from tl_lightning.features.activations import activations
 from tl_lightning.features.estimate import check_space
 from tl_lightning.features.files import Block, Layout
+from tl_lightning.features.messages import describe, describe_plan
 from tl_lightning.features.store import FeatureStore
-from tl_lightning.features.together import from_all, from_first, locked, raise_on_all, rank_and_world
+from tl_lightning.features.together import all_or_none, from_all, from_first, locked, rank_and_world
 from tl_lightning.freezing import as_frozen, evaluating
 
 BATCH = 32
@@ -38,7 +39,7 @@ def extract(
     names: Mapping[str, str],
     load: Load,
     *,
-    show_progress: bool = True,
+    say: Callable[[str], object] | None = None,
 ) -> Extracted:
     """Compute what stores lack, in one pass over the images for all boundaries, and write it.
 
@@ -50,7 +51,7 @@ def extract(
         stores: Of this backbone, at its boundaries.
         names: Of the rows wanted, by key: the order in which new ones are computed.
         load: Loads images.
-        show_progress: Draw a bar.
+        say: Takes what is to be said, on the first rank, where a bar is drawn then; None keeps silent.
 
     Raises:
         OSError: There is too little space.
@@ -59,40 +60,43 @@ def extract(
     """
     begin = time.monotonic()
     rank, world = rank_and_world()
+    if rank != 0:
+        say = None
     if from_first(all(_is_complete(store, names) for store in stores)):
         return Extracted(0, 0.0, 0.0)
     stores = sorted(stores, key=lambda store: store.folder)
+    error = 0.0
     with locked([store.lock for store in stores], f"computing features in {stores[0].folder}"):
-        for store in stores:
-            store.reload()
+        with all_or_none():
+            for store in stores:
+                store.reload()
         plans, missing = from_first(_plan(stores, names))
-        layouts = _layouts(backbone, [store.recipe.boundary for store in stores])
-        for store, gaps in zip(stores, missing, strict=True):
-            check_space(store, layouts[store.recipe.boundary], sum(len(block.names) for block in gaps))
         blocks = list(dict.fromkeys(block for gaps in missing for block in gaps))
-        rows = sum(len(block.names) for block in blocks)
-        error, failure = 0.0, None
-        try:
-            error = _compute(backbone, stores, missing, blocks[rank::world], layouts, load, show_progress and rank == 0)
-        except Exception as raised:  # noqa: BLE001 - the other ranks are to hear of it, whatever it is
-            failure = raised
-        raise_on_all(failure)
-        failure = None
-        if rank == 0:
-            try:
-                for store, plan, gaps in zip(stores, plans, missing, strict=True):
+        with all_or_none():
+            layouts = _layouts(backbone, [store.recipe.boundary for store in stores])
+            for store, gaps in zip(stores, missing, strict=True):
+                rows = sum(len(block.names) for block in gaps)
+                check_space(store, layouts[store.recipe.boundary], rows)
+                if say is not None and rows:
+                    seconds = _seconds(backbone, store.recipe.boundary)
+                    say(describe_plan(store, layouts[store.recipe.boundary], rows, names, seconds))
+            error = _compute(backbone, stores, missing, blocks[rank::world], layouts, load, say is not None)
+        with all_or_none():
+            for store, plan, gaps in zip(stores, plans, missing, strict=True):
+                if rank == 0:
                     store.finish(plan, gaps, layouts[store.recipe.boundary])
-            except Exception as raised:  # noqa: BLE001 - as above
-                failure = raised
-        raise_on_all(failure)
-        for store in stores:
-            store.reload()
-    if not all(_is_complete(store, names) for store in stores):
-        raise RuntimeError(
-            f"rank {rank} does not see the features that were just written to {str(stores[0].folder)!r}: give a cache_dir that "
-            "all machines share"
-        )
-    return Extracted(rows, time.monotonic() - begin, max(from_all(error)))
+        with all_or_none():
+            for store in stores:
+                store.reload()
+            if not all(_is_complete(store, names) for store in stores):
+                raise RuntimeError(
+                    f"the features that were just written to {str(stores[0].folder)!r} are not there for rank {rank}: give a "
+                    "cache_dir that all machines share"
+                )
+    done = Extracted(sum(len(block.names) for block in blocks), time.monotonic() - begin, max(from_all(error)))
+    if say is not None:
+        say(describe(done.rows, done.seconds, done.error, stores[0].recipe.dtype))
+    return done
 
 
 def _is_complete(store: FeatureStore, names: Mapping[str, str]) -> bool:
@@ -110,6 +114,19 @@ def _layouts(backbone: Backbone, boundaries: Sequence[str]) -> dict[str, Layout]
     with torch.inference_mode(), as_frozen(device.type), evaluating(backbone):
         images = torch.zeros(1, 3, *backbone.preprocessing.crop_shape, device=device)
         return {boundary: Layout.of(rows) for boundary, rows in activations(backbone, images, boundaries).items()}
+
+
+def _seconds(backbone: Backbone, boundary: str) -> float:
+    """Return how long the network takes for an image, from the faster of two batches."""
+    device = next(backbone.parameters()).device
+    times = []
+    with torch.inference_mode(), as_frozen(device.type), evaluating(backbone):
+        images = torch.zeros(BATCH, 3, *backbone.preprocessing.crop_shape, device=device)
+        for _ in range(2):
+            begin = time.monotonic()
+            activations(backbone, images, [boundary])[boundary].sum().item()  # waits for the device
+            times.append(time.monotonic() - begin)
+    return min(times) / BATCH
 
 
 def _compute(

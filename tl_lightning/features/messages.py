@@ -1,10 +1,11 @@
 """What is said about stored features."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
-from tl_lightning.features.estimate import gigabytes, row_bytes
-from tl_lightning.features.extraction import Extracted
+from tl_lightning.features.estimate import advice, free_space, gigabytes, row_bytes
+from tl_lightning.features.files import Layout
 from tl_lightning.features.store import FeatureStore, recipes_in
+from tl_lightning.messages import short_path
 
 _SHOWN = 3
 
@@ -33,14 +34,34 @@ def describe_gaps(store: FeatureStore, names: Mapping[str, str]) -> str:
     return f"computed anew for images: {' and '.join(parts)}" if parts else ""
 
 
-def describe(done: Extracted, stores: Sequence[FeatureStore]) -> str:
-    """Say what an extraction did."""
-    sizes = []
-    for store in stores:
-        assert store.layout is not None  # noqa: S101 - it was just written
-        shape = " x ".join(map(str, store.layout.shape))
-        size = gigabytes(len(store) * row_bytes(store.layout, store.recipe.dtype))
-        sizes.append(f"{shape} {store.recipe.dtype} at {store.recipe.boundary!r}, {size} in {store.folder}")
-    error = f"; relative error by {stores[0].recipe.dtype} {done.error:.1e}" if done.error else ""
-    rate = done.rows / max(done.seconds, 1e-9)
-    return f"{done.rows:,} images in {done.seconds:.0f} s ({rate:.0f} a second): {'; '.join(sizes)}{error}"
+def describe_plan(store: FeatureStore, layout: Layout, rows: int, names: Mapping[str, str], seconds: float) -> str:
+    """Say what is going to be written, why, and whether it pays.
+
+    Args:
+        store: Where to.
+        layout: Of a row.
+        rows: How many there are to write.
+        names: Of the rows wanted, by key.
+        seconds: That the network takes for a row.
+    """
+    shape = " x ".join(map(str, layout.shape))
+    size = rows * row_bytes(layout, store.recipe.dtype)
+    further = [describe_gaps(store, names), advice(layout, store.recipe.dtype, len(names), seconds)]
+    return (
+        f"storing {shape} {store.recipe.dtype} at {store.recipe.boundary!r} of {rows:,} images, {gigabytes(size)} of "
+        f"{gigabytes(free_space(store.folder))} free, in {short_path(store.folder)}"
+        + "".join(f"; {text}" for text in further if text)
+    )
+
+
+def describe(rows: int, seconds: float, error: float, dtype: str) -> str:
+    """Say what an extraction did.
+
+    Args:
+        rows: Images that went through the network.
+        seconds: That it took.
+        error: Relative error by the type.
+        dtype: The type.
+    """
+    by_type = f"; relative error by {dtype} {error:.1e}" if error else ""
+    return f"{rows:,} images in {seconds:.0f} s ({rows / max(seconds, 1e-9):.0f} a second){by_type}"

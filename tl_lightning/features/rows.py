@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tl_lightning.features.estimate import row_bytes
+from tl_lightning.features.estimate import RESIDENT_SHARE, row_bytes
 from tl_lightning.features.recipe import DTYPES
 from tl_lightning.features.store import FeatureStore
 from tl_lightning.memory import free_memory
@@ -26,7 +26,9 @@ class StoredRows:
         DamagedStoreError: A shard is missing, or is not what was written.
     """
 
-    def __init__(self, store: FeatureStore, keys: Sequence[str], device: torch.device, share: float = 0.5) -> None:
+    def __init__(
+        self, store: FeatureStore, keys: Sequence[str], device: torch.device, share: float = RESIDENT_SHARE
+    ) -> None:
         self.device = device
         self.resident: Tensor | None = None
         """All rows on the device, as they lie on disk; None where they stay there."""

@@ -38,13 +38,19 @@ def from_all(value: _T) -> list[_T]:
     return found
 
 
-def raise_on_all(error: Exception | None) -> None:
-    """Wait for all ranks, and raise on each of them if one has failed, so that none waits for ever.
+@contextmanager
+def all_or_none() -> Iterator[None]:
+    """Wait for all ranks at the end of the block, and raise on each of them if one has failed, so that none waits for ever.
 
     Raises:
         Exception: The error of this rank.
         RuntimeError: Another rank failed.
     """
+    error: Exception | None = None
+    try:
+        yield
+    except Exception as raised:  # noqa: BLE001 - the other ranks are to hear of it, whatever it is
+        error = raised
     messages = from_all(None if error is None else f"{type(error).__name__}: {error}")
     if error is not None:
         raise error

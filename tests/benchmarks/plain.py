@@ -1,0 +1,108 @@
+"""The loops that a tutorial has, in plain PyTorch: what this library is measured against.
+
+Each runs in a process of its own, without anything of this library's but the weights.
+"""
+
+import json
+import sys
+import time
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+from torchvision import transforms
+
+from tl_lightning.backbones import EfficientNetLite
+from tl_lightning.transforms import Preprocessing
+
+BATCH = 32
+CUT = "blocks.3"
+
+
+class Photos(Dataset[tuple[Tensor, int]]):
+    """Images by PIL and the usual transforms."""
+
+    def __init__(self, root: str, files: list[str], targets: list[int], preprocessing: Preprocessing) -> None:
+        self.root, self.files, self.targets = Path(root), files, targets
+        self.transform = transforms.Compose(
+            [
+                transforms.Resize(preprocessing.size, transforms.InterpolationMode(preprocessing.interpolation)),
+                transforms.CenterCrop(preprocessing.crop),
+                transforms.ToTensor(),
+                transforms.Normalize(preprocessing.mean, preprocessing.std),
+            ]
+        )
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        with Image.open(self.root / self.files[index]) as image:
+            return self.transform(image.convert("RGB")), self.targets[index]
+
+
+def extraction(model: nn.Module, loader: DataLoader[tuple[Tensor, int]]) -> float:
+    """Seconds for an image: features without autograd."""
+    begin = time.perf_counter()
+    count = 0
+    with torch.no_grad():
+        for images, _ in loader:
+            model(images)
+            count += len(images)
+    return (time.perf_counter() - begin) / count
+
+
+def probe_epoch(model: nn.Module, loader: DataLoader[tuple[Tensor, int]], features: int) -> float:
+    """Seconds for an image of an epoch that runs the frozen network and trains a linear layer."""
+    head = nn.Linear(features, 2)
+    optimizer = torch.optim.AdamW(head.parameters())
+    begin = time.perf_counter()
+    count = 0
+    for images, targets in loader:
+        with torch.no_grad():
+            made = model(images)
+        loss = nn.functional.cross_entropy(head(made), targets)
+        optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]  # torch gives it no types
+        optimizer.step()
+        count += len(images)
+    return (time.perf_counter() - begin) / count
+
+
+def fine_tuning_step(prefix: nn.Module, suffix: nn.Module, features: int, images: Tensor, targets: Tensor) -> float:
+    """Seconds for a step that trains from a stage on, everything before it frozen by ``requires_grad``."""
+    head = nn.Linear(features, 2)
+    for parameter in prefix.parameters():
+        parameter.requires_grad_(False)
+    optimizer = torch.optim.AdamW([*suffix.parameters(), *head.parameters()], lr=1e-4)
+    times = []
+    for _ in range(8):
+        begin = time.perf_counter()
+        loss = nn.functional.cross_entropy(head(suffix(prefix(images))), targets)
+        optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]  # torch gives it no types
+        optimizer.step()
+        times.append(time.perf_counter() - begin)
+    return sorted(times)[len(times) // 2]
+
+
+def main() -> None:
+    root, count = sys.argv[1], int(sys.argv[2])
+    files = sorted(path.relative_to(root).as_posix() for path in Path(root).rglob("*.png"))
+    files = files[:: max(1, len(files) // count)][:count]
+    targets = [int(file.startswith("functional")) for file in files]
+    model = EfficientNetLite().eval()
+    loader = DataLoader(Photos(root, files, targets, model.preprocessing), BATCH, num_workers=2)
+    images, labels = next(iter(loader))
+    found = {
+        "extraction": extraction(model, loader),
+        "probe_epoch": probe_epoch(model, loader, model.feature_dim),
+        "fine_tuning_step": fine_tuning_step(*model.split(CUT), model.feature_dim, images, labels),
+    }
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,88 @@
+"""Heads that are trained together are the heads that are trained one by one."""
+
+import copy
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tests.heads.test_logistic import samples
+from tl_lightning.data.order import EpochBatches
+from tl_lightning.heads import LinearHead, MLPHead
+from tl_lightning.sweep import training as module
+from tl_lightning.sweep.training import Rates, Training, train, train_alone, train_together
+
+
+def work(classes: int = 3, count: int = 230, features: int = 20, epochs: int = 4) -> Training:
+    made, target = samples(classes, count=count, features=features)
+    order = EpochBatches(count, 32, shuffle=True, seed=1)
+
+    def batches(epoch: int) -> Iterator[Tensor]:
+        order.set_epoch(epoch)
+        return (index for index, _ in order.batches())
+
+    return Training(made, target, batches, epochs, nn.functional.cross_entropy)
+
+
+def fifty(classes: int, features: int, standardize: bool) -> tuple[list[LinearHead], list[Rates]]:
+    torch.manual_seed(0)
+    head = LinearHead(features, classes, standardize=standardize)
+    rates = [Rates(lr, decay) for lr in torch.logspace(-4, -1, 10).tolist() for decay in (0.0, 1e-3, 1e-2, 0.1, 1.0)]
+    return [copy.deepcopy(head) for _ in rates], rates
+
+
+@pytest.mark.parametrize("standardize", [False, True])
+@pytest.mark.parametrize("classes", [2, 5])
+def test_fifty_together_are_the_fifty_alone(standardize: bool, classes: int) -> None:
+    training = work(classes)
+    together, rates = fifty(classes, 20, standardize)
+    alone = copy.deepcopy(together)
+    train_together(together, rates, training)
+    for head, rate in zip(alone, rates, strict=True):
+        train_alone(head, rate, training)
+    for one, other in zip(together, alone, strict=True):
+        for name, tensor in one.state_dict().items():
+            torch.testing.assert_close(tensor, other.state_dict()[name], rtol=1e-5, atol=1e-5)
+        assert not one.training
+    assert len({tuple(head.linear.weight.flatten().tolist()) for head in together}) == 50
+
+
+def test_another_loss_is_used() -> None:
+    def smoothed(scores: Tensor, target: Tensor) -> Tensor:
+        return nn.functional.cross_entropy(scores, target, label_smoothing=0.3)
+
+    training = work()._replace(loss=smoothed)
+    together, rates = fifty(3, 20, standardize=True)
+    alone = copy.deepcopy(together[7])
+    train_together(together, rates, training)
+    train_alone(alone, rates[7], training)
+    torch.testing.assert_close(together[7].linear.weight, alone.linear.weight, rtol=1e-5, atol=1e-5)
+
+
+def test_what_is_slower_together_or_cannot_be_is_trained_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    batched: list[int] = []
+
+    def spy(heads: list[LinearHead], rates: list[Rates], training: Training) -> None:
+        batched.append(len(heads))
+        train_together(heads, rates, training)
+
+    training = work(epochs=2)
+    plain, rates = fifty(3, 20, standardize=True)
+    mixed: list[nn.Module] = [*plain[:6], MLPHead(20, 3, hidden=(8,)), LinearHead(20, 3, dropout=0.5), MLPHead(20, 3)]
+    expected = [copy.deepcopy(head) for head in mixed]
+    for seed, head in enumerate(expected):
+        torch.manual_seed(seed)
+        if not isinstance(head, LinearHead) or head.dropout.p == 0:
+            train_alone(head, rates[seed], training)
+    monkeypatch.setattr(module, "train_together", spy)
+    for faster in (True, False):
+        batched.clear()
+        heads = [copy.deepcopy(head) for head in mixed]
+        monkeypatch.setattr(module, "_is_faster_together", lambda *_, faster=faster: faster)
+        train(heads, rates[: len(heads)], training)
+        assert batched == ([6] if faster else [])
+        for number, (head, other) in enumerate(zip(heads, expected, strict=True)):
+            if number != 7:
+                for name, tensor in head.state_dict().items():
+                    torch.testing.assert_close(tensor, other.state_dict()[name], rtol=1e-5, atol=1e-5)

@@ -1,0 +1,1 @@
+"""Compare many heads on stored features, and choose one honestly."""

@@ -1,0 +1,153 @@
+"""Train many heads on the same features, together where that is faster."""
+
+import copy
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.optim import AdamW
+
+from tl_lightning import optim
+from tl_lightning.heads import LinearHead, Standardize
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+"""From class scores (n, K) and class numbers (n,) to their mean loss."""
+
+_BETAS = (0.9, 0.999)  # of torch's AdamW, as is what follows
+_EPS = 1e-8
+_TRIED = 5
+
+
+class Rates(NamedTuple):
+    """How a head is trained."""
+
+    lr: float
+    weight_decay: float
+
+
+class Training(NamedTuple):
+    """What heads are trained on."""
+
+    features: Tensor
+    """(N, D)."""
+    target: Tensor
+    """Class numbers (N,)."""
+    batches: Callable[[int], Iterator[Tensor]]
+    """From an epoch to the places of each batch's samples."""
+    epochs: int
+    loss: Loss
+
+    def steps(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Iterate over all batches of all epochs."""
+        for epoch in range(self.epochs):
+            for index in self.batches(epoch):
+                yield self.features[index], self.target[index]
+
+    def total_steps(self) -> int:
+        """Return the number of steps."""
+        return self.epochs * sum(1 for _ in self.batches(0))
+
+
+def train(heads: Sequence[nn.Module], rates: Sequence[Rates], training: Training) -> None:
+    """Train heads, each with its own rates, by AdamW with a warm-up and a cosine; together where that is faster.
+
+    Args:
+        heads: They are trained in place.
+        rates: Of each head.
+        training: What they are trained on.
+    """
+    alike: dict[object, list[int]] = {}
+    for number, head in enumerate(heads):
+        alike.setdefault(_kind(head), []).append(number)
+    for kind, numbers in alike.items():
+        group, own = [heads[n] for n in numbers], [rates[n] for n in numbers]
+        if kind is not None and len(group) > 1 and _is_faster_together(group, own, training):
+            train_together(group, own, training)  # type: ignore[arg-type]  # they are linear
+        else:
+            for head, rate in zip(group, own, strict=True):
+                train_alone(head, rate, training)
+
+
+def train_alone(head: nn.Module, rates: Rates, training: Training) -> None:
+    """Train one head."""
+    groups = optim.parameter_groups(head.named_parameters(), name="head", lr=rates.lr)
+    optimizer = AdamW(groups, weight_decay=rates.weight_decay)
+    schedule = optim.warmup_cosine(optimizer, training.total_steps())
+    head.train()
+    for features, target in training.steps():
+        loss = training.loss(head(features), target)
+        optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]  # torch gives it no types
+        optimizer.step()
+        schedule.step()
+    head.eval()
+
+
+def train_together(heads: Sequence[LinearHead], rates: Sequence[Rates], training: Training) -> None:
+    """Train linear heads in products of matrices: the scores of all of them are one product.
+
+    Args:
+        heads: All of them standardise, or none does; none drops features out.
+        rates: Of each head.
+        training: What they are trained on.
+    """
+    count = len(heads)
+    standardize = heads[0].standardize.train()
+    parts = [
+        torch.stack([head.linear.weight.detach() for head in heads]),  # (heads, K, D)
+        torch.stack([head.linear.bias.detach() for head in heads]),  # (heads, K)
+    ]
+    lr = training.features.new_tensor([rate.lr for rate in rates])
+    decay = training.features.new_tensor([rate.weight_decay for rate in rates])
+    first, second = ([torch.zeros_like(part) for part in parts] for _ in range(2))
+    losses = torch.vmap(training.loss, in_dims=(1, None))
+    total = training.total_steps()
+    for step, (features, target) in enumerate(training.steps()):
+        for part in parts:
+            part.requires_grad_(True)
+        weight, bias = parts
+        scores = (standardize(features) @ weight.flatten(0, 1).T).view(len(features), count, -1) + bias
+        gradients = torch.autograd.grad(losses(scores, target).sum(), parts)
+        rate = lr * optim.warmup_cosine_factor(step, total)
+        with torch.no_grad():
+            for i, (part, gradient) in enumerate(zip(parts, gradients, strict=True)):
+                part.requires_grad_(False)
+                own = rate.view(-1, *[1] * (part.ndim - 1))
+                if part.ndim > 2:  # biases are not decayed
+                    part.mul_(1 - own * decay.view_as(own))
+                first[i].lerp_(gradient, 1 - _BETAS[0])
+                second[i].mul_(_BETAS[1]).addcmul_(gradient, gradient, value=1 - _BETAS[1])
+                root = (second[i].sqrt() / (1 - _BETAS[1] ** (step + 1)) ** 0.5).add_(_EPS)
+                part.sub_(own / (1 - _BETAS[0] ** (step + 1)) * first[i] / root)
+    for number, head in enumerate(heads):
+        with torch.no_grad():
+            head.linear.weight.copy_(parts[0][number])
+            head.linear.bias.copy_(parts[1][number])
+        head.standardize.load_state_dict(standardize.state_dict())
+        head.eval()
+
+
+def _kind(head: nn.Module) -> tuple[bool, torch.Size] | None:
+    """Return what heads that can be trained together have in common; None if they cannot be."""
+    if type(head).forward is not LinearHead.forward or not isinstance(head, LinearHead) or head.dropout.p:
+        return None
+    return isinstance(head.standardize, Standardize), head.linear.weight.shape
+
+
+def _is_faster_together(heads: Sequence[nn.Module], rates: Sequence[Rates], training: Training) -> bool:
+    """Try both for a few steps."""
+    first = [index for index, _ in zip(training.batches(0), range(_TRIED), strict=False)]
+    short = training._replace(epochs=1, batches=lambda _: iter(first))
+    tried = [copy.deepcopy(head) for head in heads[: 2 * _TRIED]]
+    times = []
+    for _ in range(2):  # what runs first also warms up
+        begin = time.perf_counter()
+        train_together([copy.deepcopy(head) for head in heads], rates, short)  # type: ignore[misc]  # they are linear
+        middle = time.perf_counter()
+        for head, rate in zip(tried, rates, strict=False):
+            train_alone(head, rate, short)
+        alone = (time.perf_counter() - middle) * len(heads) / len(tried)
+        times.append((middle - begin) / alone)
+    return times[-1] < 1
