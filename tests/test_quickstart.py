@@ -16,8 +16,9 @@ def accuracy(seed: int, cells: Path, runs: Path) -> float:
             "fit",
             f"--config={CONFIG}",
             f"--seed_everything={seed}",
-            f"--data.init_args.root={cells}",
+            f"--data.images.root={cells}",
             f"--trainer.default_root_dir={runs / str(seed)}",
+            f"--data.cache_dir={cells}-features",
             "--trainer.enable_progress_bar=false",
         ]
     )
