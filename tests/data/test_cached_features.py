@@ -215,7 +215,7 @@ def test_images_that_changed_are_named(photos: Path, tmp_path: Path, capsys: pyt
         return " ".join(capsys.readouterr().out.split())
 
     said = fit()
-    assert "features: storing 24 float32 at 'head' of 41 images, 0.0 MB of " in said
+    assert "features: storing pooled features, 24 float32, of 41 images: 0.0 MB of " in said
     assert "features: 41 images in" in said
     assert "features:" not in fit()
     save_image(root / "ant" / "003.png", seed=77)

@@ -17,6 +17,7 @@ from tl_lightning.data.provenance import Provenance
 from tl_lightning.data.resumable import ResumableDataModule
 from tl_lightning.data.stored import StoredImages
 from tl_lightning.features import StoredRows, check_dtype
+from tl_lightning.features.messages import name_of
 from tl_lightning.freezing import HEAD
 from tl_lightning.transforms import Preprocessing
 
@@ -133,13 +134,13 @@ class CachedFeaturesDataModule(ResumableDataModule):
     def describe(self) -> str:
         """Say what training sees."""
         boundaries = ", ".join(
-            f"{boundary} from epoch {epoch} on" if epoch else boundary
+            f"{name_of(boundary)}{f' from epoch {epoch} on' if epoch else ''}"
             for epoch, boundary in self.boundaries(fitting=True).items()
         )
         views = (
             f"{self.views} augmented views of each training image" if self.views else "training images not augmented"
         )
-        return f"stored at {boundaries}; {views}"
+        return f"stored {boundaries}; {views}"
 
     def _rows_at(self, split: str, epoch: int) -> tuple[str, StoredRows]:
         boundaries = self.boundaries(fitting=self._is_fitting())

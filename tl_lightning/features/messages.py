@@ -5,9 +5,15 @@ from collections.abc import Mapping
 from tl_lightning.features.estimate import advice, free_space, gigabytes, row_bytes
 from tl_lightning.features.files import Layout
 from tl_lightning.features.store import FeatureStore, recipes_in
+from tl_lightning.freezing import HEAD, MAP
 from tl_lightning.messages import short_path
 
 _SHOWN = 3
+
+
+def name_of(boundary: str) -> str:
+    """Say what is stored at a boundary."""
+    return {HEAD: "pooled features", MAP: "the spatial map"}.get(boundary, f"activations before {boundary}")
 
 
 def describe_gaps(store: FeatureStore, names: Mapping[str, str]) -> str:
@@ -48,7 +54,7 @@ def describe_plan(store: FeatureStore, layout: Layout, rows: int, names: Mapping
     size = rows * row_bytes(layout, store.recipe.dtype)
     further = [describe_gaps(store, names), advice(layout, store.recipe.dtype, len(names), seconds)]
     return (
-        f"storing {shape} {store.recipe.dtype} at {store.recipe.boundary!r} of {rows:,} images, {gigabytes(size)} of "
+        f"storing {name_of(store.recipe.boundary)}, {shape} {store.recipe.dtype}, of {rows:,} images: {gigabytes(size)} of "
         f"{gigabytes(free_space(store.folder))} free, in {short_path(store.folder)}"
         + "".join(f"; {text}" for text in further if text)
     )
