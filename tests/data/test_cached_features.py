@@ -254,3 +254,14 @@ def test_served_without_a_trainer(photos: Path, tmp_path: Path) -> None:
     assert torch.equal(batch.inputs, backbone(expected.inputs))
     assert batch.boundary == "head"
     assert torch.equal(batch.target, expected.target)
+
+
+def test_weights_that_are_loaded_after_setup_are_noticed(photos: Path, tmp_path: Path) -> None:
+    backbone = TinyBackbone(seed=0).eval()
+    data = cached(photos, tmp_path / "cache", backbone)
+    data.setup("fit")
+    loader = data.val_dataloader()
+    backbone.load_state_dict(TinyBackbone(seed=1).state_dict())
+    plain = images(photos)
+    plain.setup("fit")
+    assert torch.equal(next(iter(loader)).inputs, backbone(next(iter(plain.val_dataloader())).inputs))

@@ -60,7 +60,8 @@ class CachedFeaturesDataModule(ResumableDataModule):
         self.seed = images.seed
         self.backbone = backbone
         self.views = views
-        self.stored = StoredImages(images, cache_folder() / "features" if cache_dir is None else Path(cache_dir), dtype)
+        folder = cache_folder() / "features" if cache_dir is None else Path(cache_dir)
+        self.stored = StoredImages(images, folder, dtype, views)
         self._rows: dict[tuple[str, int | None], tuple[str, StoredRows]] = {}
 
     # What the images are --------------------------------------------------------------------------------------------
@@ -129,7 +130,7 @@ class CachedFeaturesDataModule(ResumableDataModule):
     def complete(self, *, fitting: bool) -> None:
         """Compute and store what will be served and is not stored yet; on all ranks."""
         boundaries = dict.fromkeys(self.boundaries(fitting=fitting).values())
-        self.stored.complete(self.network.to(self._device()), list(boundaries), self.views)
+        self.stored.complete(self.network.to(self._device()), list(boundaries))
 
     def describe(self) -> str:
         """Say what training sees."""

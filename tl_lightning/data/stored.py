@@ -29,37 +29,38 @@ class StoredImages:
         images: Where the images come from.
         cache_dir: Folder of the stores.
         dtype: In which rows are stored.
+        views: Number of augmented views of each training image; 0 for the images as they are.
     """
 
-    def __init__(self, images: ImageFolderDataModule, cache_dir: Path, dtype: str) -> None:
+    def __init__(self, images: ImageFolderDataModule, cache_dir: Path, dtype: str, views: int) -> None:
         self.images = images
         self.cache_dir = cache_dir
         self.dtype = dtype
+        self.views = views
         self._keys: dict[str, str] = {}
 
     def forget(self) -> None:
         """Look at the files again the next time."""
         self._keys = {}
 
-    def complete(self, network: Backbone, boundaries: Sequence[str], views: int) -> None:
+    def complete(self, network: Backbone, boundaries: Sequence[str]) -> None:
         """Compute and store what is not stored yet, in one pass over the images for all boundaries; on all ranks.
 
         Args:
             network: The backbone, where it shall run.
             boundaries: At which its activations are stored.
-            views: Number of augmented views of each training image; 0 for the images as they are.
 
         Raises:
             OSError: There is too little space.
             ValueError: An image cannot be read, or an activation does not fit into the type.
         """
         splits = self.images.splits
-        training = set(splits[TRAIN].files) if TRAIN in splits and views else set()
+        training = set(splits[TRAIN].files) if TRAIN in splits and self.views else set()
         keys = self._content()
         plain = _by_key((key, file) for file, key in keys.items() if file not in training)
         drawn = _by_key(
             (f"{key}:{view}", f"{file} (view {view})")
-            for view in range(views)
+            for view in range(self.views)
             for file, key in keys.items()
             if file in training
         )
@@ -70,7 +71,7 @@ class StoredImages:
     def rows(
         self, network: Backbone, boundary: str, files: Sequence[str], view: int | None, device: torch.device
     ) -> StoredRows:
-        """Return rows for reading.
+        """Return rows for reading; what weights that were loaded meanwhile make of images is computed first.
 
         Args:
             network: The backbone, with the weights that it has now.
@@ -82,6 +83,9 @@ class StoredImages:
         store = self._store(network, boundary, augmented=view is not None)
         contents = self._content()
         keys = [contents[file] if view is None else f"{contents[file]}:{view}" for file in files]
+        if any(key not in store for key in keys):
+            self.complete(network, [boundary])
+            store.reload()
         return StoredRows(store, keys, device)
 
     def _content(self) -> dict[str, str]:

@@ -110,18 +110,18 @@ def _plan(stores: Sequence[FeatureStore], names: Mapping[str, str]) -> tuple[lis
 
 
 def _layouts(backbone: Backbone, boundaries: Sequence[str]) -> dict[str, Layout]:
-    device = next(backbone.parameters()).device
-    with torch.inference_mode(), as_frozen(device.type), evaluating(backbone):
-        images = torch.zeros(1, 3, *backbone.preprocessing.crop_shape, device=device)
+    like = next(backbone.parameters())
+    with torch.inference_mode(), as_frozen(like.device.type), evaluating(backbone):
+        images = like.new_zeros(1, 3, *backbone.preprocessing.crop_shape)
         return {boundary: Layout.of(rows) for boundary, rows in activations(backbone, images, boundaries).items()}
 
 
 def _seconds(backbone: Backbone, boundary: str) -> float:
     """Return how long the network takes for an image, from the faster of two batches."""
-    device = next(backbone.parameters()).device
+    like = next(backbone.parameters())
     times = []
-    with torch.inference_mode(), as_frozen(device.type), evaluating(backbone):
-        images = torch.zeros(BATCH, 3, *backbone.preprocessing.crop_shape, device=device)
+    with torch.inference_mode(), as_frozen(like.device.type), evaluating(backbone):
+        images = like.new_zeros(BATCH, 3, *backbone.preprocessing.crop_shape)
         for _ in range(2):
             begin = time.monotonic()
             activations(backbone, images, [boundary])[boundary].sum().item()  # waits for the device
@@ -139,14 +139,14 @@ def _compute(
     show: bool,
 ) -> float:
     """Compute and write blocks; return the largest error by the type of a store."""
-    device = next(backbone.parameters()).device
+    like = next(backbone.parameters())
     batches = [block.keys[i : i + BATCH] for block in blocks for i in range(0, len(block.keys), BATCH)]
     images = iter(load(batches))
     columns = (TextColumn("features"), BarColumn(), MofNCompleteColumn(), TextColumn("images"), TimeRemainingColumn())
     error = 0.0
     with (
         torch.inference_mode(),
-        as_frozen(device.type),
+        as_frozen(like.device.type),
         evaluating(backbone),
         Progress(*columns, disable=not show) as progress,
     ):
@@ -157,7 +157,7 @@ def _compute(
             made: dict[str, list[torch.Tensor]] = {boundary: [] for boundary in boundaries}
             for _ in range(0, len(block.keys), BATCH):
                 batch = next(images)
-                filled = torch.cat([batch, batch.new_zeros(BATCH - len(batch), *batch.shape[1:])]).to(device)
+                filled = torch.cat([batch, batch.new_zeros(BATCH - len(batch), *batch.shape[1:])]).to(like)
                 for boundary, rows in activations(backbone, filled, boundaries).items():
                     made[boundary].append(layouts[boundary].to_disk(rows[: len(batch)]).cpu())
                 progress.advance(bar, len(batch))
