@@ -1,0 +1,12 @@
+import torch
+
+from tl_lightning.evaluation import simplest_within_one_standard_error
+
+
+def test_the_simplest_that_is_not_worse_by_chance_is_chosen() -> None:
+    right = torch.zeros(4, 100)
+    for number, count in enumerate((90, 88, 86, 50)):
+        right[number, :count] = 1
+    # The best has 0.90, whose standard error is 0.030: 0.88 is within it, 0.86 is not.
+    assert simplest_within_one_standard_error(right, [3, 2, 1, 0]) == 1
+    assert simplest_within_one_standard_error(right, [0, 1, 2, 3]) == 0
