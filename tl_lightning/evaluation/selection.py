@@ -20,8 +20,24 @@ def simplest_within_one_standard_error(outcomes: Tensor, simplicity: Sequence[in
         Its number.
     """
     values = outcomes.to(torch.float64)
-    scores = values.mean(1)
-    best = int(scores.argmax())
-    error = float(values[best].std(correction=1)) / values.shape[1] ** 0.5
-    within = [number for number, score in enumerate(scores.tolist()) if score >= float(scores[best]) - error]
-    return min(within, key=lambda number: simplicity[number])
+    errors = values.std(1, correction=1) / values.shape[1] ** 0.5
+    return int(choose(values.mean(1)[:, None], errors, simplicity))
+
+
+def choose(scores: Tensor, errors: Tensor, simplicity: Sequence[int] | None) -> Tensor:
+    """Choose in each column of scores.
+
+    Args:
+        scores: (candidates, columns).
+        errors: Standard error of each candidate's score (candidates,).
+        simplicity: Place of each candidate, the simplest first; None takes the best.
+
+    Returns:
+        Numbers of the candidates (columns,).
+    """
+    best, which = scores.max(0)
+    if simplicity is None:
+        return which
+    places = torch.tensor(simplicity)[:, None].expand_as(scores)
+    within = scores >= best - errors[which]
+    return torch.where(within, places, len(scores)).argmin(0)

@@ -1,0 +1,92 @@
+"""What is chosen is chosen honestly."""
+
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+
+from tests.heads.test_logistic import samples
+from tl_lightning.evaluation import share
+from tl_lightning.heads import LinearHead, MLPHead
+from tl_lightning.sweep.search import Candidate, Found, Samples, search
+from tl_lightning.sweep.training import Rates
+
+GRID = [Candidate(LinearHead, Rates(lr, decay)) for lr in (1e-4, 1e-3, 1e-2, 1e-1) for decay in (0.0, 0.1, 1.0)]
+
+
+def run(train: Samples, val: Samples, classes: int, seed: int = 0, **options: object) -> Found:
+    defaults: dict[str, object] = {"epochs": 3, "batch_size": 32}
+    loss = nn.functional.cross_entropy
+    return search(GRID, train, val, num_classes=classes, loss=loss, seed=seed, **(defaults | options))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("folds", [0, 5])
+def test_what_learns_is_chosen(folds: int) -> None:
+    features, target = samples(3, count=600)
+    found = run(Samples(features[:400], target[:400]), Samples(features[400:], target[400:]), 3, folds=folds)
+    best = found.accuracy.max()
+    assert best - found.accuracy[found.chosen] < 0.04
+    assert best - found.accuracy.min() > 0.1  # the grid has bad rates in it
+    assert found.interval.low < found.accuracy[found.chosen] <= found.interval.high + 0.05
+
+
+def test_simpler_means_smaller_then_more_decay_then_slower() -> None:
+    features, target = samples(2, count=300)
+    features = features + 30 * torch.nn.functional.one_hot(target, 30)  # everybody is right
+    candidates = [
+        Candidate(partial(MLPHead, hidden=(4,)), Rates(1e-2, 1.0)),
+        Candidate(LinearHead, Rates(1e-2, 0.1)),
+        Candidate(LinearHead, Rates(1e-2, 1.0)),
+        Candidate(LinearHead, Rates(3e-3, 1.0)),
+    ]
+    half = Samples(features[:200], target[:200])
+    found = search(
+        candidates,
+        half,
+        Samples(features[200:], target[200:]),
+        num_classes=2,
+        loss=nn.functional.cross_entropy,
+        epochs=20,
+        batch_size=32,
+        seed=0,
+    )
+    assert (found.accuracy == 1).all()
+    assert found.chosen == 3
+
+
+TRIALS = 200
+
+
+@pytest.mark.timeout(1200)
+def test_shuffled_labels_are_chance() -> None:
+    """Of 200 searches among labels that mean nothing, the intervals contain chance as often as they say."""
+    covered = tested = 0
+    for trial in range(TRIALS):
+        generator = torch.Generator().manual_seed(trial)
+        features = torch.randn(360, 8, generator=generator)
+        target = torch.randint(0, 2, (360,), generator=generator)
+        train, val = Samples(features[:100], target[:100]), Samples(features[100:200], target[100:200])
+        found = run(train, val, 2, seed=trial, epochs=1)
+        covered += found.interval.low <= 0.5 <= found.interval.high
+        # The winner, on images that nothing was chosen by.
+        guesses = found.head(features[200:]).argmax(1)
+        accuracy = share(int((guesses == target[200:]).sum()), 160)
+        tested += accuracy.low <= 0.5 <= accuracy.high
+    assert covered / TRIALS >= 0.95 - 0.047  # three standard errors of 200 trials
+    assert tested / TRIALS >= 0.95 - 0.047
+
+
+def test_nothing_to_compare() -> None:
+    features, target = samples(2)
+    with pytest.raises(ValueError, match="nothing to compare"):
+        search(
+            [],
+            Samples(features, target),
+            Samples(features, target),
+            num_classes=2,
+            loss=nn.functional.cross_entropy,
+            epochs=1,
+            batch_size=8,
+            seed=0,
+        )
