@@ -1,5 +1,6 @@
 """Read an image file, of whatever kind, as the RGB picture that a person sees."""
 
+import io
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -47,12 +48,13 @@ def to_rgb(image: Image.Image, background: tuple[int, int, int] = WHITE) -> Imag
     return image.convert("RGB")
 
 
-def read_image(path: str | Path, background: tuple[int, int, int] = WHITE) -> Tensor:
+def read_image(path: str | Path, background: tuple[int, int, int] = WHITE, content: bytes | None = None) -> Tensor:
     """Read an image file.
 
     Args:
         path: The file.
         background: What transparent parts show: red, green and blue from 0 to 255.
+        content: Of the file, where it has been read already.
 
     Returns:
         The image, uint8 of shape (3, H, W).
@@ -61,7 +63,7 @@ def read_image(path: str | Path, background: tuple[int, int, int] = WHITE) -> Te
         ValueError: The file is missing, is no image, is cut short, or holds floating-point pixels; the message names it.
     """
     try:
-        with Image.open(path) as image:
+        with Image.open(path if content is None else io.BytesIO(content)) as image:
             rgb = to_rgb(image, background)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(f"cannot read the image {str(path)!r}: {error}") from error

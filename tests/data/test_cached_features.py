@@ -1,5 +1,6 @@
 """A run on stored activations is the run on images, bit for bit, and never sees stale ones."""
 
+import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -17,7 +18,7 @@ from tl_lightning.backbones import Backbone
 from tl_lightning.batch import Batch
 from tl_lightning.callbacks import EMA, StagedUnfreezing
 from tl_lightning.data import CachedFeaturesDataModule
-from tl_lightning.features import DamagedStoreError
+from tl_lightning.features import DamagedStoreError, content_keys
 from tl_lightning.freezing import fingerprint
 from tl_lightning.heads import ConvHead, MLPHead
 from tl_lightning.modules import CustomHeadClassifier, LinearProbe, PartialFineTuning, TransferClassifier
@@ -204,8 +205,6 @@ def test_a_checkpoint_classifies_images(photos: Path, tmp_path: Path) -> None:
 
 
 def test_images_that_changed_are_named(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    import shutil
-
     root = tmp_path / "photos"
     shutil.copytree(photos, root)
 
@@ -265,3 +264,21 @@ def test_weights_that_are_loaded_after_setup_are_noticed(photos: Path, tmp_path:
     plain = images(photos)
     plain.setup("fit")
     assert torch.equal(next(iter(loader)).inputs, backbone(next(iter(plain.val_dataloader())).inputs))
+
+
+def test_an_image_that_changes_meanwhile_is_not_stored(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = tmp_path / "photos"
+    shutil.copytree(photos, root)
+
+    def hash_then_change(paths: list[Path]) -> list[str]:
+        keys = content_keys(paths)
+        save_image(root / "bee" / "004.png", seed=5)
+        return keys
+
+    monkeypatch.setattr("tl_lightning.data.stored.content_keys", hash_then_change)
+    backbone = TinyBackbone()
+    with pytest.raises(ValueError, match=r"004\.png' changed while features were computed; run again"):
+        trainer(tmp_path).fit(LinearProbe(backbone, 3), cached(root, tmp_path / "cache", backbone))
+    assert not list(tmp_path.glob("cache/*/manifest.json"))

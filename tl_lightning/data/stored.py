@@ -1,5 +1,6 @@
 """The images of a folder as rows of feature stores."""
 
+import hashlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -132,7 +133,11 @@ class _Images(Dataset[tuple[Tensor, int, int]]):
 
     def __getitem__(self, key: str) -> tuple[Tensor, int, int]:
         content, _, view = key.partition(":")
-        image = read_image(self.root / self.files[content], self.background)
+        path = self.root / self.files[content]
+        data = path.read_bytes()
+        if hashlib.sha256(data).hexdigest() != content:
+            raise ValueError(f"the image {str(path)!r} changed while features were computed; run again")
+        image = read_image(path, self.background, data)
         if not view:
             return self.plain(image), UNLABELLED, 0
         with seeded(self.seed, "augmentation", int(view), content):
