@@ -6,7 +6,8 @@ from torch import Tensor, nn
 
 from tests.doubles import TINY, TinyBackbone
 from tl_lightning.backbones import Backbone, TimmBackbone, TorchvisionBackbone, TracedBackbone
-from tl_lightning.freezing import HEAD, Staging, fingerprints
+from tl_lightning.fingerprints import fingerprints
+from tl_lightning.freezing import HEAD, Staging
 
 BACKBONES: dict[str, Callable[[], Backbone]] = {
     "tiny": TinyBackbone,

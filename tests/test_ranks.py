@@ -10,7 +10,7 @@ from tests.doubles import TinyBackbone
 from tests.ranks import run_on_ranks
 from tl_lightning.callbacks import PredictionWriter
 from tl_lightning.data import ImageFolderDataModule
-from tl_lightning.freezing import fingerprint
+from tl_lightning.fingerprints import fingerprint
 from tl_lightning.modules import LinearProbe
 
 

@@ -18,7 +18,7 @@ from tests.doubles import DropoutProbe, TinyBackbone
 from tests.ranks import ROOT, run_on_ranks
 from tests.staged import classifier, images, trainer
 from tl_lightning.data import ImageFolderDataModule
-from tl_lightning.freezing import fingerprint
+from tl_lightning.fingerprints import fingerprint
 from tl_lightning.modules import LinearProbe
 
 # The resumed runs here write no checkpoints of their own.

@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 from jsonargparse import Namespace
+from lightning.pytorch.cli import LightningArgumentParser
 
 DESCRIPTIONS = {
     "fit": "Train a classifier on a folder of images.",
@@ -41,6 +42,32 @@ _DEFAULT_MODEL = ("--backbone=TorchvisionBackbone", "--backbone.name=resnet50", 
 _DEFAULT_DATA = "--data=ImageFolderDataModule"
 
 _CALLBACKS = "--trainer.callbacks"
+
+
+def complete(parser: LightningArgumentParser, subcommand: str) -> None:
+    """Give the parser of a subcommand our words, and what Lightning's has not: defaults, and options of other subcommands.
+
+    The configuration of a fit is valid for all of them.
+    """
+    for action in parser._actions:
+        action.help = HELP.get(action.dest, action.help)
+    parser.usage = f"tl-lightning {subcommand} [--config FILE] [--data.root FOLDER] [options]"
+    for group in parser._action_groups:
+        group.title = TITLES.get(str(group.title).partition(" ")[0], group.title)
+    tested = "Test the best checkpoint when training has ended."
+    unused: dict[str, Any] = {"type": Any, "default": None, "help": "Not used here."}
+    parser.add_argument(
+        "--test_after_fit", **({"type": bool, "default": False, "help": tested} if subcommand == "fit" else unused)
+    )
+    if subcommand == "extract":
+        for key in ("ckpt_path", "weights_only"):
+            parser.add_argument(f"--{key}", **unused)
+    else:
+        parser.set_defaults(weights_only=True)
+    if subcommand == "predict":
+        parser.set_defaults(return_predictions=False)
+    elif subcommand in ("validate", "test"):
+        parser.set_defaults(verbose=False)
 
 
 def class_paths(config: Any) -> Iterator[str]:

@@ -8,7 +8,7 @@ from lightning.pytorch import Callback, LightningDataModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 
-from tl_lightning.arguments import BUILDING, DESCRIPTIONS, HELP, TITLES, class_paths, import_module_of, name_classes
+from tl_lightning.arguments import BUILDING, DESCRIPTIONS, class_paths, complete, import_module_of, name_classes
 from tl_lightning.backbones import Backbone
 from tl_lightning.callbacks import Outcome, Plan, PredictionWriter, Progress
 from tl_lightning.chance import DEFAULT_SEED
@@ -101,24 +101,7 @@ class TransferCLI(LightningCLI):
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
         self._building = subcommand
         parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
-        if subcommand != "extract":
-            parser.set_defaults(weights_only=True)
-        for action in parser._actions:
-            action.help = HELP.get(action.dest, action.help)
-        parser.usage = f"tl-lightning {subcommand} [--config FILE] [--data.root FOLDER] [options]"
-        for group in parser._action_groups:
-            group.title = TITLES.get(str(group.title).partition(" ")[0], group.title)
-        if subcommand == "fit":
-            parser.add_argument(
-                "--test_after_fit", type=bool, default=False, help="Test the best checkpoint when training has ended."
-            )
-            return parser
-        ignored = ("test_after_fit", "ckpt_path", "weights_only") if subcommand == "extract" else ("test_after_fit",)
-        for key in ignored:  # the configuration of a fit is valid here as well
-            parser.add_argument(f"--{key}", type=Any, default=None, help="Not used here.")
-        if subcommand == "extract":
-            return parser
-        parser.set_defaults({"return_predictions": False} if subcommand == "predict" else {"verbose": False})
+        complete(parser, subcommand)
         return parser
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:

@@ -10,7 +10,7 @@ from tests.staged import SCHEDULE, classifier, images, trainer
 from tl_lightning.backbones import TimmBackbone
 from tl_lightning.callbacks import EMA, StagedUnfreezing
 from tl_lightning.data import ImageFolderDataModule
-from tl_lightning.freezing import fingerprint
+from tl_lightning.fingerprints import fingerprint
 from tl_lightning.modules import PartialFineTuning
 
 

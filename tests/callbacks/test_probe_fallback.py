@@ -8,7 +8,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from tests.staged import classifier, images, schedulers, trainer
 from tl_lightning.callbacks import EMA, ProbeFallback, StagedUnfreezing
-from tl_lightning.freezing import fingerprint
+from tl_lightning.fingerprints import fingerprint
 from tl_lightning.modules import PartialFineTuning
 
 # A resumed run writes into the folder of the first.

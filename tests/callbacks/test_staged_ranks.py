@@ -20,7 +20,7 @@ from tests.doubles import TinyBackbone
 from tests.ranks import run_on_ranks
 from tests.staged import EPOCHS, SCHEDULE, TRAINED, Watch, classifier, images, schedulers, trainer
 from tl_lightning.callbacks import StagedUnfreezing
-from tl_lightning.freezing import fingerprint
+from tl_lightning.fingerprints import fingerprint
 from tl_lightning.modules import PartialFineTuning
 
 VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {

@@ -13,7 +13,7 @@ from tests.doubles import TinyBackbone
 from tests.staged import EPOCHS, SCHEDULE, TRAINED, Watch, classifier, images, schedulers, trainer
 from tl_lightning.batch import Batch
 from tl_lightning.callbacks import StagedUnfreezing
-from tl_lightning.freezing import fingerprint
+from tl_lightning.fingerprints import fingerprint
 from tl_lightning.modules import LinearProbe, PartialFineTuning
 
 # The resumed runs here write no checkpoints of their own.

@@ -19,7 +19,7 @@ from tl_lightning.batch import Batch
 from tl_lightning.callbacks import EMA, StagedUnfreezing
 from tl_lightning.data import CachedFeaturesDataModule
 from tl_lightning.features import DamagedStoreError, content_keys
-from tl_lightning.freezing import fingerprint
+from tl_lightning.fingerprints import fingerprint
 from tl_lightning.heads import ConvHead, MLPHead
 from tl_lightning.modules import CustomHeadClassifier, LinearProbe, PartialFineTuning, TransferClassifier
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from tests.doubles import TinyBackbone
 from tl_lightning.backbones import Backbone, TimmBackbone, TorchvisionBackbone
 from tl_lightning.data import ImageFolderDataModule
-from tl_lightning.freezing import fingerprint
+from tl_lightning.fingerprints import fingerprint
 from tl_lightning.modules import LinearProbe, TransferClassifier
 
 

@@ -13,7 +13,7 @@ import torch
 from tl_lightning import makeup
 from tl_lightning.backbones import Backbone
 from tl_lightning.features.activations import prefix_of
-from tl_lightning.freezing import fingerprint
+from tl_lightning.fingerprints import fingerprint
 
 FORMAT = 1
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tl_lightning import makeup
-from tl_lightning.freezing import fingerprint
+from tl_lightning.fingerprints import fingerprint
 from tl_lightning.transforms import Preprocessing
 
 if TYPE_CHECKING:

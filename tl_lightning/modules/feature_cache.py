@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from tl_lightning.backbones import Backbone
-from tl_lightning.batch import Batch
+from tl_lightning.batch import PADDING, Batch
 from tl_lightning.chance import derive_seed, run_seed
 from tl_lightning.heads import FittedHead, HeadCallable, LogisticRegressionHead, check_maker
 from tl_lightning.makeup import as_factory
@@ -95,9 +95,8 @@ class FeatureCacheClassifier(TransferClassifier):
         features, target, index = (self._from_all(torch.cat(column)) for column in zip(*self._seen, strict=True))
         self._seen.clear()
         # In the order of the index, without what only filled up a batch: the same matrix on any number of ranks.
-        first = torch.unique(index, return_inverse=True)[1]
-        order = torch.empty(int(first.max()) + 1, dtype=torch.int64, device=index.device)
-        order[first.flip(0)] = torch.arange(len(index) - 1, -1, -1, device=index.device)
+        order = index.argsort(stable=True)
+        order = order[index[order].diff(prepend=index.new_full((1,), PADDING)) != 0]
         features, target = features[order], target[order]
         assert isinstance(self.head, FittedHead)  # noqa: S101 - checked when it was made
         found = self.head.fit(features, target, derive_seed(run_seed(), "head"))

@@ -7,7 +7,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from tl_lightning.freezing import Staging, fingerprints
+from tl_lightning.fingerprints import fingerprints
+from tl_lightning.freezing import Staging
 
 _LISTED = 5
 
