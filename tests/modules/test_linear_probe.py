@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from tests.doubles import TinyBackbone
 from tl_lightning.backbones import Backbone, TimmBackbone, TorchvisionBackbone
+from tl_lightning.batch import Batch
 from tl_lightning.data import ImageFolderDataModule
 from tl_lightning.fingerprints import fingerprint
 from tl_lightning.modules import LinearProbe, TransferClassifier
@@ -106,6 +107,40 @@ def test_head_learns(photos: Path, tmp_path: Path) -> None:
     run.fit(model, data(photos, backbone, val_fraction=0.3, augment=False))
     assert run.callback_metrics["val_accuracy"] > 0.7
     assert run.callback_metrics["train_loss"] < 0.5
+
+
+class Losses(pl.Callback):
+    """The training loss as a callback finds it at the end of an epoch, and the true mean; may stop a run within an epoch."""
+
+    def __init__(self, stop: bool = False) -> None:
+        self.stop = stop
+        self.found: list[float] = []
+        self.true: list[float] = []
+        self._sum = self._count = 0.0
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Batch, batch_idx: int
+    ) -> None:
+        self._sum += float(outputs["loss"]) * len(batch.target)
+        self._count += len(batch.target)
+        if self.stop:
+            raise RuntimeError("stopped")
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.found.append(float(trainer.callback_metrics["train_loss"]))
+        self.true.append(self._sum / self._count)
+        self._sum = self._count = 0.0
+
+
+def test_training_loss_is_that_of_each_epoch_also_after_an_interrupted_fit(photos: Path, tmp_path: Path) -> None:
+    model = LinearProbe(TinyBackbone(), num_classes=3)
+    module = data(photos, model.backbone)
+    with pytest.raises(RuntimeError, match="stopped"):
+        trainer(tmp_path, callbacks=[Losses(stop=True)]).fit(model, module)
+    losses = Losses()
+    trainer(tmp_path, callbacks=[losses], max_epochs=3).fit(model, module)
+    assert len(set(losses.true)) == 3
+    assert losses.found == pytest.approx(losses.true, rel=1e-6)
 
 
 def test_whole_head_is_in_one_group_each_and_biases_are_not_decayed(photos: Path, tmp_path: Path) -> None:

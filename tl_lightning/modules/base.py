@@ -138,6 +138,11 @@ class TransferClassifier(Recorded, Staged, Optimized, Evaluated):
         present = {type(callback) for callback in self.trainer.callbacks}  # type: ignore[attr-defined]  # Lightning's own list
         return [callback() for callback in (FrozenGuard, StepOnPlateau) if callback not in present]
 
+    def on_train_start(self) -> None:
+        """Begin anew, though a fit before may have been interrupted within an epoch."""
+        super().on_train_start()
+        self.train_loss.reset()
+
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Draw dropout from the place in the run, so that a resumed run draws as an uninterrupted one."""
         self.staging.keep()
@@ -147,8 +152,9 @@ class TransferClassifier(Recorded, Staged, Optimized, Evaluated):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Compute the loss of a training batch."""
         loss = self.training_loss(batch)
+        if not self.train_loss.update_called:  # once an epoch is enough, since it is the metric that adds up
+            self.log("train_loss", self.train_loss, on_step=False, on_epoch=True, prog_bar=True)
         self.train_loss.update(loss.detach(), len(batch.target))
-        self.log("train_loss", self.train_loss, on_step=False, on_epoch=True, prog_bar=True)
         return loss
 
     def training_loss(self, batch: Batch) -> Tensor:
