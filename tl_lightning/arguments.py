@@ -16,10 +16,11 @@ DESCRIPTIONS = {
     "test": "Score a checkpoint on the test images.",
     "predict": "Write predictions.csv for a folder of images, nested or flat.",
     "extract": "Compute and store the features that a fit on cached features trains on.",
+    "sweep": "Compare heads, learning rates and weight decays on such features, and keep the best.",
 }
 """Of the subcommands."""
 
-BUILDING = ("fit", "extract")
+BUILDING = ("fit", "extract", "sweep")
 """Subcommands whose model comes from the configuration, not from a checkpoint."""
 
 HELP = {
@@ -59,7 +60,7 @@ def complete(parser: LightningArgumentParser, subcommand: str) -> None:
     parser.add_argument(
         "--test_after_fit", **({"type": bool, "default": False, "help": tested} if subcommand == "fit" else unused)
     )
-    if subcommand == "extract":
+    if subcommand in ("extract", "sweep"):
         for key in ("ckpt_path", "weights_only"):
             parser.add_argument(f"--{key}", **unused)
     else:

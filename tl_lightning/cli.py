@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import yaml
 from lightning.pytorch import Callback, LightningDataModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
@@ -22,11 +23,11 @@ from tl_lightning.defaults import (
     find_checkpoint,
     give_back_folder,
 )
-from tl_lightning.extracting import TransferTrainer
 from tl_lightning.mistakes import Parser
 from tl_lightning.modules import TransferClassifier, checkpoint
 from tl_lightning.quiet import quiet
 from tl_lightning.resuming import check_known, check_resumed, check_there
+from tl_lightning.trainer import TransferTrainer
 from tl_lightning.transforms import Preprocessing
 
 
@@ -64,7 +65,7 @@ class TransferCLI(LightningCLI):
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
         """Return the subcommands, and the arguments of their methods that are no options."""
-        return LightningCLI.subcommands() | {"extract": {"model", "datamodule"}}
+        return LightningCLI.subcommands() | {name: {"model", "datamodule"} for name in ("extract", "sweep")}
 
     # Parsing --------------------------------------------------------------------------------------------------------
 
@@ -225,6 +226,12 @@ class TransferCLI(LightningCLI):
             best = self.trainer.checkpoint_callback
             path = best.best_model_path if isinstance(best, ModelCheckpoint) else None
             self.trainer.test(self.model, self.datamodule, ckpt_path=path or None, weights_only=True, verbose=False)
+
+    def after_sweep(self) -> None:
+        """Write the configuration of a fit that trains what was chosen."""
+        text = self._parser("sweep").dump(self.config["sweep"], skip_none=False)
+        assert isinstance(self.trainer, TransferTrainer)  # noqa: S101 - it was made so
+        self.trainer.write_winner(yaml.safe_load(text))
 
 
 def preprocessing(backbone: Backbone) -> Preprocessing:

@@ -1,42 +1,51 @@
 """Compute features without training."""
 
+from collections.abc import Collection
+
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 
-from tl_lightning.callbacks.table import print_table
 from tl_lightning.data import CachedFeaturesDataModule
 
 
-class TransferTrainer(Trainer):
-    """Customize every aspect of training, and compute features alone."""
+def cached(data: LightningDataModule, why: str) -> CachedFeaturesDataModule:
+    """Return a data module that serves what is stored.
 
-    def extract(self, model: LightningModule, datamodule: LightningDataModule) -> None:
-        """Compute and store what training on cached features would compute first, on all ranks.
+    Raises:
+        TypeError: It serves something else.
+    """
+    if isinstance(data, CachedFeaturesDataModule):
+        return data
+    name = type(data).__name__
+    raise TypeError(
+        f"{why}, and data is {name}: put it into one, as --data CachedFeaturesDataModule --data.images {name}"
+    )
 
-        Args:
-            model: The classifier that would be trained.
-            datamodule: A :class:`CachedFeaturesDataModule`.
 
-        Raises:
-            TypeError: It is another one.
-        """
-        if not isinstance(datamodule, CachedFeaturesDataModule):
-            raise TypeError(
-                f"extract stores what CachedFeaturesDataModule serves, and data is {type(datamodule).__name__}: put it into one, "
-                f"as --data CachedFeaturesDataModule --data.images {type(datamodule).__name__}"
-            )
-        batches, self.limit_val_batches = self.limit_val_batches, 0
-        try:
-            self.validate(model, datamodule=_Extraction(datamodule), verbose=False)
-        finally:
-            self.limit_val_batches = batches
+def compute(
+    trainer: Trainer, model: LightningModule, data: CachedFeaturesDataModule, boundaries: Collection[str] | None = None
+) -> None:
+    """Compute and store features, on all ranks.
+
+    Args:
+        trainer: Its strategy says on which.
+        model: The classifier whose network it is.
+        data: The images, and where features are stored.
+        boundaries: Where in the network; None takes what a fit of the model would run from.
+    """
+    batches, trainer.limit_val_batches = trainer.limit_val_batches, 0
+    try:
+        trainer.validate(model, datamodule=_Extraction(data, boundaries), verbose=False)
+    finally:
+        trainer.limit_val_batches = batches
 
 
 class _Extraction(LightningDataModule):
     """Compute features where Lightning sets data up: on all ranks, once these know each other."""
 
-    def __init__(self, data: CachedFeaturesDataModule) -> None:
+    def __init__(self, data: CachedFeaturesDataModule, boundaries: Collection[str] | None) -> None:
         super().__init__()
         self.data = data
+        self.boundaries = boundaries
 
     def prepare_data(self) -> None:
         """Prepare the images."""
@@ -46,8 +55,7 @@ class _Extraction(LightningDataModule):
         """Compute the features."""
         self.data.trainer = self.trainer
         self.data.setup("fit")
-        self.data.complete(fitting=True)
-        print_table("extracted", {"features": self.data.describe(), "folder": str(self.data.stored.cache_dir)})
+        self.data.complete(self.boundaries or self.data.boundaries(fitting=True).values())
 
     def val_dataloader(self) -> list[object]:
         """Return nothing to validate on."""

@@ -18,7 +18,7 @@ from tl_lightning.backbones import EfficientNetLite
 from tl_lightning.transforms import Preprocessing
 
 BATCH = 32
-CUT = "blocks.3"
+CUTS = ("blocks.3", "blocks.4", "blocks.5")
 
 
 class Photos(Dataset[tuple[Tensor, int]]):
@@ -99,7 +99,10 @@ def main() -> None:
     found = {
         "extraction": extraction(model, loader),
         "probe_epoch": probe_epoch(model, loader, model.feature_dim),
-        "fine_tuning_step": fine_tuning_step(*model.split(CUT), model.feature_dim, images, labels),
+        "fine_tuning_steps": {
+            cut: fine_tuning_step(*EfficientNetLite().eval().split(cut), model.feature_dim, images, labels)
+            for cut in CUTS
+        },
     }
     print(json.dumps(found))
 

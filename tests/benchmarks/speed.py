@@ -17,15 +17,19 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from sklearn.linear_model import LogisticRegression
+from threadpoolctl import threadpool_limits
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 from torchmetrics.classification import MulticlassAccuracy
 
-from tests.benchmarks.plain import BATCH, CUT
+from tests.benchmarks.plain import BATCH, CUTS
 from tl_lightning.backbones import EfficientNetLite
 from tl_lightning.data import CachedFeaturesDataModule, SolarCellsDataModule
-from tl_lightning.heads import Standardize
+from tl_lightning.data.order import EpochBatches
+from tl_lightning.heads import LinearHead, Standardize
 from tl_lightning.heads.logistic import solve
 from tl_lightning.modules import LinearProbe, PartialFineTuning, TransferClassifier
+from tl_lightning.sweep.training import Rates, Training, train_alone, train_together
 
 EPOCHS = 30
 
@@ -73,7 +77,7 @@ def bare_epochs(features: Tensor, target: Tensor, epochs: int) -> list[float]:
         total = torch.zeros(())
         for index in torch.randperm(len(features)).split(BATCH):  # type: ignore[no-untyped-call]  # torch gives it no types
             scores = head(features[index])
-            loss = nn.functional.cross_entropy(scores, target[index])
+            loss = cross_entropy(scores, target[index])
             optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]  # torch gives it no types
             optimizer.step()
@@ -86,19 +90,40 @@ def bare_epochs(features: Tensor, target: Tensor, epochs: int) -> list[float]:
 
 
 def solvers(features: Tensor, target: Tensor) -> tuple[float, float]:
-    """Seconds of scikit-learn's logistic regression, and of ours, the least of five each."""
+    """Seconds of scikit-learn's logistic regression, and of ours, the least of five each, on one thread."""
     standardize = Standardize(features.shape[1])
     standardize.fit(features)
     standard = standardize.eval()(features)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     theirs, ours = [], []
     for _ in range(5):
         begin = time.perf_counter()
-        LogisticRegression(C=1.0, tol=1e-5, max_iter=5000).fit(standard.numpy(), target.numpy())
+        with threadpool_limits(1):
+            LogisticRegression(C=1.0, tol=1e-5, max_iter=5000).fit(standard.numpy(), target.numpy())
         theirs.append(time.perf_counter() - begin)
         begin = time.perf_counter()
         solve(standard, target, 2, torch.tensor([1.0]), tolerance=1e-5, max_steps=5000)
         ours.append(time.perf_counter() - begin)
+    torch.set_num_threads(threads)
     return min(theirs), min(ours)
+
+
+def fifty_heads(features: Tensor, target: Tensor) -> tuple[float, float]:
+    """Seconds of fifty linear heads trained one by one, extrapolated from five, and of the fifty trained together."""
+    order = EpochBatches(len(target), BATCH, shuffle=True)
+    training = Training(features, target, lambda _: (index for index, _ in order.batches()), 3, cross_entropy)
+    rates = [Rates(lr, decay) for lr in torch.logspace(-4, -1, 10).tolist() for decay in (0.0, 0.01, 0.1, 1.0, 10.0)]
+    heads = [LinearHead(features.shape[1], 2, standardize=True) for _ in rates]
+    times = []
+    for _ in range(2):  # what runs first also warms up
+        begin = time.perf_counter()
+        for head, rate in zip(heads[::10], rates[::10], strict=True):
+            train_alone(head, rate, training)
+        middle = time.perf_counter()
+        train_together(heads, rates, training)
+        times.append((10 * (middle - begin), time.perf_counter() - middle))
+    return times[-1]
 
 
 def main() -> None:
@@ -127,18 +152,22 @@ def main() -> None:
         bare = bare_epochs(features, target, 10)
         alone = fit(LinearProbe(backbone, 2), data, 10, limit_val_batches=0)
 
-        tuned = PartialFineTuning(backbone, 2, unfreeze_from=CUT, lr=1e-4)
-        steps = fit(tuned, data, 1, limit_train_batches=12, limit_val_batches=0).steps
+        steps = {}
+        for cut in CUTS:
+            tuned = PartialFineTuning(EfficientNetLite(), 2, unfreeze_from=cut, lr=1e-4)
+            steps[cut] = median(fit(tuned, data, 1, limit_train_batches=12, limit_val_batches=0).steps[2:])
         sklearn, ours = solvers(features, target)
+        one_by_one, together = fifty_heads(features, target)
 
     rows = [
         ("extraction, images a second", 1 / plain["extraction"], count / extraction),
         (f"probe of {EPOCHS} epochs, s", EPOCHS * train * plain["probe_epoch"], probe),
         ("epoch of the cached probe, s", median(bare), median(alone.epochs[1:])),
-        (f"step from {CUT} on, s", plain["fine_tuning_step"], median(steps[2:])),
-        ("logistic regression, s", sklearn, ours),
+        *((f"step from {cut} on, s", plain["fine_tuning_steps"][cut], steps[cut]) for cut in CUTS),
+        ("logistic regression, one thread, s", sklearn, ours),
+        ("fifty linear heads, three epochs, s", one_by_one, together),
     ]
-    print("| | plain loop, bare loop, scikit-learn | here | ratio |\n|---|---|---|---|")
+    print("| | plain loop, bare loop, scikit-learn, one by one | here | ratio |\n|---|---|---|---|")
     for name, there, here in rows:
         ratio = here / there if "second" in name else there / here
         print(f"| {name} | {there:.3g} | {here:.3g} | {ratio:.2f} |")

@@ -8,6 +8,7 @@ from torch import nn
 
 from tests.heads.test_logistic import samples
 from tl_lightning.evaluation import share
+from tl_lightning.freezing import HEAD
 from tl_lightning.heads import LinearHead, MLPHead
 from tl_lightning.sweep.search import Candidate, Found, Samples, search
 from tl_lightning.sweep.training import Rates
@@ -24,7 +25,9 @@ def run(train: Samples, val: Samples, classes: int, seed: int = 0, **options: ob
 @pytest.mark.parametrize("folds", [0, 5])
 def test_what_learns_is_chosen(folds: int) -> None:
     features, target = samples(3, count=600)
-    found = run(Samples(features[:400], target[:400]), Samples(features[400:], target[400:]), 3, folds=folds)
+    found = run(
+        Samples({HEAD: features[:400]}, target[:400]), Samples({HEAD: features[400:]}, target[400:]), 3, folds=folds
+    )
     best = found.accuracy.max()
     assert best - found.accuracy[found.chosen] < 0.04
     assert best - found.accuracy.min() > 0.1  # the grid has bad rates in it
@@ -40,11 +43,11 @@ def test_simpler_means_smaller_then_more_decay_then_slower() -> None:
         Candidate(LinearHead, Rates(1e-2, 1.0)),
         Candidate(LinearHead, Rates(3e-3, 1.0)),
     ]
-    half = Samples(features[:200], target[:200])
+    half = Samples({HEAD: features[:200]}, target[:200])
     found = search(
         candidates,
         half,
-        Samples(features[200:], target[200:]),
+        Samples({HEAD: features[200:]}, target[200:]),
         num_classes=2,
         loss=nn.functional.cross_entropy,
         epochs=20,
@@ -66,7 +69,7 @@ def test_shuffled_labels_are_chance() -> None:
         generator = torch.Generator().manual_seed(trial)
         features = torch.randn(360, 8, generator=generator)
         target = torch.randint(0, 2, (360,), generator=generator)
-        train, val = Samples(features[:100], target[:100]), Samples(features[100:200], target[100:200])
+        train, val = Samples({HEAD: features[:100]}, target[:100]), Samples({HEAD: features[100:200]}, target[100:200])
         found = run(train, val, 2, seed=trial, epochs=1)
         covered += found.interval.low <= 0.5 <= found.interval.high
         # The winner, on images that nothing was chosen by.
@@ -82,8 +85,8 @@ def test_nothing_to_compare() -> None:
     with pytest.raises(ValueError, match="nothing to compare"):
         search(
             [],
-            Samples(features, target),
-            Samples(features, target),
+            Samples({HEAD: features}, target),
+            Samples({HEAD: features}, target),
             num_classes=2,
             loss=nn.functional.cross_entropy,
             epochs=1,

@@ -11,7 +11,7 @@ from tests.heads.test_logistic import samples
 from tl_lightning.data.order import EpochBatches
 from tl_lightning.heads import LinearHead, MLPHead
 from tl_lightning.sweep import training as module
-from tl_lightning.sweep.training import Rates, Training, train, train_alone, train_together
+from tl_lightning.sweep.training import Advance, Rates, Training, train, train_alone, train_together
 
 
 def work(classes: int = 3, count: int = 230, features: int = 20, epochs: int = 4) -> Training:
@@ -63,9 +63,9 @@ def test_another_loss_is_used() -> None:
 def test_what_is_slower_together_or_cannot_be_is_trained_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     batched: list[int] = []
 
-    def spy(heads: list[LinearHead], rates: list[Rates], training: Training) -> None:
+    def spy(heads: list[LinearHead], rates: list[Rates], training: Training, *advance: Advance) -> None:
         batched.append(len(heads))
-        train_together(heads, rates, training)
+        train_together(heads, rates, training, *advance)
 
     training = work(epochs=2)
     plain, rates = fifty(3, 20, standardize=True)

@@ -1,10 +1,11 @@
 """What the frozen part of a backbone makes of images, computed once and read back."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Literal
 
 import torch
+from torch import Tensor
 
 from tl_lightning.backbones import Backbone
 from tl_lightning.batch import RunsFrom
@@ -127,10 +128,19 @@ class CachedFeaturesDataModule(ResumableDataModule):
         end = max(found) + 1 if trainer.max_epochs in (None, -1) else max(trainer.max_epochs or 0, 1)
         return {epoch: boundary for epoch, boundary in found.items() if epoch < end}
 
-    def complete(self, *, fitting: bool) -> None:
-        """Compute and store what will be served and is not stored yet; on all ranks."""
-        boundaries = dict.fromkeys(self.boundaries(fitting=fitting).values())
-        self.stored.complete(self.network.to(self._device()), list(boundaries))
+    def complete(self, boundaries: Collection[str]) -> None:
+        """Compute and store what is not stored yet at these boundaries; on all ranks."""
+        self.stored.complete(self.network.to(self._device()), list(dict.fromkeys(boundaries)))
+
+    def features(self, split: str, boundary: str) -> Tensor:
+        """Return what is stored of all images of a split, on the device.
+
+        Shape:
+            Output: (N, ...), in the order of the split's files.
+        """
+        files = self.splits[split].files
+        rows = self.stored.rows(self.network, boundary, files, None, self._device())
+        return rows.take(torch.arange(len(files)))
 
     def describe(self) -> str:
         """Say what training sees."""
@@ -194,7 +204,7 @@ class CachedFeaturesDataModule(ResumableDataModule):
 
     def _loader(self, split: str) -> FeatureLoader:
         samples = self.splits[split]
-        self.complete(fitting=self._is_fitting())
+        self.complete(self.boundaries(fitting=self._is_fitting()).values())
         shuffle = split == TRAIN
         return FeatureLoader(
             lambda epoch: self._rows_at(split, epoch), samples.targets, self.order(len(samples.files), shuffle=shuffle)

@@ -1,7 +1,7 @@
 """Try many heads on stored features, and choose one by images that it was not trained on."""
 
-import functools
-from collections.abc import Iterator, Sequence
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -10,9 +10,11 @@ from torch import Tensor, nn
 from tl_lightning.chance import derive_seed, seeded
 from tl_lightning.data.order import EpochBatches
 from tl_lightning.evaluation import Interval, best_of_many, simplest_within_one_standard_error
-from tl_lightning.heads import HeadCallable
+from tl_lightning.freezing import HEAD, MAP
+from tl_lightning.heads import HeadCallable, MapHead
 from tl_lightning.heads.penalty import stratified_folds
-from tl_lightning.sweep.training import Loss, Rates, Training, train
+from tl_lightning.makeup import as_factory
+from tl_lightning.sweep.training import Advance, Loss, Rates, Training, ignore, train
 
 
 class Candidate(NamedTuple):
@@ -22,19 +24,42 @@ class Candidate(NamedTuple):
     rates: Rates
 
     @property
+    def boundary(self) -> str:
+        """Whose activations the head takes: the pooled features, or the map."""
+        factory = as_factory(self.head)
+        return MAP if factory is not None and issubclass(factory.func, MapHead) else HEAD  # type: ignore[arg-type]  # a class
+
+    @property
     def name(self) -> str:
-        """Name of the head's class."""
-        made = self.head.func if isinstance(self.head, functools.partial) else self.head
-        return getattr(made, "__name__", str(made))
+        """The head's class, and the arguments that are not its defaults."""
+        factory = as_factory(self.head)
+        if factory is None:
+            return getattr(self.head, "__name__", type(self.head).__name__)
+        defaults = inspect.signature(factory.func).parameters
+        own = [
+            f"{key}={value}"
+            for key, value in factory.keywords.items()
+            if key not in defaults or value != defaults[key].default
+        ]
+        return f"{factory.func.__name__}({', '.join(own)})"
 
 
 class Samples(NamedTuple):
     """Labelled features."""
 
-    features: Tensor
-    """(N, D)."""
+    features: Mapping[str, Tensor]
+    """By boundary (N, D), or (N, C, h, w) before pooling."""
     target: Tensor
     """Class numbers (N,)."""
+
+    def at(self, wanted: Tensor) -> "Samples":
+        """Return some of them, by whether each is wanted (N,)."""
+        return Samples({boundary: rows[wanted] for boundary, rows in self.features.items()}, self.target[wanted])
+
+    def and_(self, others: "Samples") -> "Samples":
+        """Return these, and others after them."""
+        both = {boundary: torch.cat([rows, others.features[boundary]]) for boundary, rows in self.features.items()}
+        return Samples(both, torch.cat([self.target, others.target]))
 
 
 class Found(NamedTuple):
@@ -63,6 +88,7 @@ def search(
     batch_size: int,
     seed: int,
     folds: int = 0,
+    advance: Advance = ignore,
 ) -> Found:
     """Train every candidate, and choose the simplest of those that are as good as the best but for chance.
 
@@ -78,29 +104,40 @@ def search(
         batch_size: Samples per step.
         seed: Of initial weights, order and folds.
         folds: Number of folds; 0 compares on ``val_samples``.
+        advance: Told, now and then, how many epochs of heads have been trained since; :func:`work` says how many there are.
 
     Raises:
-        ValueError: There is no candidate.
+        ValueError: There is no candidate, or a class has fewer images than there are folds.
     """
     if not candidates:
         raise ValueError("there is nothing to compare: give at least one rate, weight decay and head")
-    fit = functools.partial(_train, num_classes=num_classes, loss=loss, epochs=epochs, batch_size=batch_size, seed=seed)
+
+    def fit(tried: Sequence[Candidate], samples: Samples) -> list[nn.Module]:
+        return _train(
+            tried,
+            samples,
+            num_classes=num_classes,
+            loss=loss,
+            epochs=epochs,
+            batch_size=batch_size,
+            seed=seed,
+            advance=advance,
+        )
+
     if folds:
-        features = torch.cat([train_samples.features, val_samples.features])
-        target = torch.cat([train_samples.target, val_samples.target])
-        fold = stratified_folds(target, folds, derive_seed(seed, "folds"))
-        right = torch.zeros(len(candidates), len(target), dtype=torch.bool)
-        losses = torch.zeros(len(candidates), len(target))
+        both = train_samples.and_(val_samples)
+        _check_folds(both.target, folds, num_classes)
+        fold = stratified_folds(both.target, folds, derive_seed(seed, "folds"))
+        right = torch.zeros(len(candidates), len(both.target), dtype=torch.bool)
+        losses = torch.zeros(len(candidates), len(both.target))
         for number in range(folds):
             inside, outside = fold != number, fold == number
-            heads = fit(candidates, Samples(features[inside], target[inside]))
-            right[:, outside.cpu()], losses[:, outside.cpu()] = _judge(
-                heads, Samples(features[outside], target[outside])
-            )
+            heads = fit(candidates, both.at(inside))
+            right[:, outside.cpu()], losses[:, outside.cpu()] = _judge(candidates, heads, both.at(outside))
     else:
         heads = fit(candidates, train_samples)
-        right, losses = _judge(heads, val_samples)
-    sizes = [_size(candidate, train_samples.features.shape[1], num_classes) for candidate in candidates]
+        right, losses = _judge(candidates, heads, val_samples)
+    sizes = [_size(candidate, train_samples, num_classes) for candidate in candidates]
     order = sorted(
         range(len(candidates)),
         key=lambda n: (sizes[n], -candidates[n].rates.weight_decay, candidates[n].rates.lr),
@@ -112,6 +149,11 @@ def search(
     return Found(candidates, right.double().mean(1), losses.double().mean(1), chosen, head, interval)
 
 
+def work(candidates: Sequence[Candidate], *, epochs: int, folds: int = 0) -> int:
+    """Return how many epochs of heads a search trains."""
+    return len(candidates) * epochs * max(folds, 1) + (epochs if folds else 0)
+
+
 def _train(
     candidates: Sequence[Candidate],
     samples: Samples,
@@ -121,6 +163,7 @@ def _train(
     epochs: int,
     batch_size: int,
     seed: int,
+    advance: Advance,
 ) -> list[nn.Module]:
     order = EpochBatches(len(samples.target), batch_size, shuffle=True, seed=seed)
 
@@ -128,26 +171,40 @@ def _train(
         order.set_epoch(epoch)
         return (index for index, _ in order.batches())
 
-    heads = []
+    heads: list[nn.Module] = []
     for candidate in candidates:
+        features = samples.features[candidate.boundary]
         with seeded(seed, "head"):
-            heads.append(candidate.head(samples.features.shape[1], num_classes).to(samples.features.device))
-    with seeded(seed, "training"):
-        train(heads, [candidate.rates for candidate in candidates], Training(*samples, batches, epochs, loss))
+            heads.append(candidate.head(features.shape[1], num_classes).to(features.device))
+    for boundary in dict.fromkeys(candidate.boundary for candidate in candidates):
+        here = [n for n, candidate in enumerate(candidates) if candidate.boundary == boundary]
+        training = Training(samples.features[boundary], samples.target, batches, epochs, loss)
+        with seeded(seed, "training"):
+            train([heads[n] for n in here], [candidates[n].rates for n in here], training, advance)
     return heads
 
 
 @torch.no_grad()
-def _judge(heads: Sequence[nn.Module], samples: Samples) -> tuple[Tensor, Tensor]:
+def _judge(candidates: Sequence[Candidate], heads: Sequence[nn.Module], samples: Samples) -> tuple[Tensor, Tensor]:
     """Return whether each head is right on each sample, and its cross-entropy there."""
     right, losses = [], []
-    for head in heads:
-        scores = head(samples.features)
+    for candidate, head in zip(candidates, heads, strict=True):
+        scores = head(samples.features[candidate.boundary])
         right.append(scores.argmax(1) == samples.target)
         losses.append(nn.functional.cross_entropy(scores.float(), samples.target, reduction="none"))
     return torch.stack(right).cpu(), torch.stack(losses).cpu()
 
 
-def _size(candidate: Candidate, in_features: int, num_classes: int) -> int:
+def _size(candidate: Candidate, samples: Samples, num_classes: int) -> int:
     with seeded(0, "size"):
-        return sum(parameter.numel() for parameter in candidate.head(in_features, num_classes).parameters())
+        head = candidate.head(samples.features[candidate.boundary].shape[1], num_classes)
+    return sum(parameter.numel() for parameter in head.parameters())
+
+
+def _check_folds(target: Tensor, folds: int, num_classes: int) -> None:
+    smallest = int(torch.bincount(target, minlength=num_classes).min())
+    if folds < 2 or smallest < folds:
+        raise ValueError(
+            f"folds is {folds}, and the smallest class has {smallest} images that may be chosen by; give 2 to {smallest}, or 0 "
+            "to choose on the validation images"
+        )

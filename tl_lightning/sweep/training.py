@@ -10,14 +10,22 @@ from torch import Tensor, nn
 from torch.optim import AdamW
 
 from tl_lightning import optim
+from tl_lightning.features.together import from_first
 from tl_lightning.heads import LinearHead, Standardize
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 """From class scores (n, K) and class numbers (n,) to their mean loss."""
 
+Advance = Callable[[int], object]
+"""Told how many epochs of heads have been trained since it was last told."""
+
 _BETAS = (0.9, 0.999)  # of torch's AdamW, as is what follows
 _EPS = 1e-8
 _TRIED = 5
+
+
+def ignore(epochs: int) -> None:
+    """Take no notice of the progress."""
 
 
 class Rates(NamedTuple):
@@ -39,24 +47,26 @@ class Training(NamedTuple):
     epochs: int
     loss: Loss
 
-    def steps(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Iterate over all batches of all epochs."""
+    def steps(self, heads: int = 1, advance: Advance = ignore) -> Iterator[tuple[Tensor, Tensor]]:
+        """Iterate over all batches of all epochs, each of so many heads."""
         for epoch in range(self.epochs):
             for index in self.batches(epoch):
                 yield self.features[index], self.target[index]
+            advance(heads)
 
     def total_steps(self) -> int:
         """Return the number of steps."""
         return self.epochs * sum(1 for _ in self.batches(0))
 
 
-def train(heads: Sequence[nn.Module], rates: Sequence[Rates], training: Training) -> None:
+def train(heads: Sequence[nn.Module], rates: Sequence[Rates], training: Training, advance: Advance = ignore) -> None:
     """Train heads, each with its own rates, by AdamW with a warm-up and a cosine; together where that is faster.
 
     Args:
         heads: They are trained in place.
         rates: Of each head.
         training: What they are trained on.
+        advance: Told after each epoch.
     """
     alike: dict[object, list[int]] = {}
     for number, head in enumerate(heads):
@@ -64,19 +74,19 @@ def train(heads: Sequence[nn.Module], rates: Sequence[Rates], training: Training
     for kind, numbers in alike.items():
         group, own = [heads[n] for n in numbers], [rates[n] for n in numbers]
         if kind is not None and len(group) > 1 and _is_faster_together(group, own, training):
-            train_together(group, own, training)  # type: ignore[arg-type]  # they are linear
+            train_together(group, own, training, advance)  # type: ignore[arg-type]  # they are linear
         else:
             for head, rate in zip(group, own, strict=True):
-                train_alone(head, rate, training)
+                train_alone(head, rate, training, advance)
 
 
-def train_alone(head: nn.Module, rates: Rates, training: Training) -> None:
+def train_alone(head: nn.Module, rates: Rates, training: Training, advance: Advance = ignore) -> None:
     """Train one head."""
     groups = optim.parameter_groups(head.named_parameters(), name="head", lr=rates.lr)
     optimizer = AdamW(groups, weight_decay=rates.weight_decay)
     schedule = optim.warmup_cosine(optimizer, training.total_steps())
     head.train()
-    for features, target in training.steps():
+    for features, target in training.steps(1, advance):
         loss = training.loss(head(features), target)
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]  # torch gives it no types
@@ -85,13 +95,16 @@ def train_alone(head: nn.Module, rates: Rates, training: Training) -> None:
     head.eval()
 
 
-def train_together(heads: Sequence[LinearHead], rates: Sequence[Rates], training: Training) -> None:
+def train_together(
+    heads: Sequence[LinearHead], rates: Sequence[Rates], training: Training, advance: Advance = ignore
+) -> None:
     """Train linear heads in products of matrices: the scores of all of them are one product.
 
     Args:
         heads: All of them standardise, or none does; none drops features out.
         rates: Of each head.
         training: What they are trained on.
+        advance: Told after each epoch.
     """
     count = len(heads)
     standardize = heads[0].standardize.train()
@@ -104,7 +117,7 @@ def train_together(heads: Sequence[LinearHead], rates: Sequence[Rates], training
     first, second = ([torch.zeros_like(part) for part in parts] for _ in range(2))
     losses = torch.vmap(training.loss, in_dims=(1, None))
     total = training.total_steps()
-    for step, (features, target) in enumerate(training.steps()):
+    for step, (features, target) in enumerate(training.steps(count, advance)):
         for part in parts:
             part.requires_grad_(True)
         weight, bias = parts
@@ -137,7 +150,7 @@ def _kind(head: nn.Module) -> tuple[bool, torch.Size] | None:
 
 
 def _is_faster_together(heads: Sequence[nn.Module], rates: Sequence[Rates], training: Training) -> bool:
-    """Try both for a few steps."""
+    """Try both for a few steps; on several ranks, the first one decides for all, which may have to act together."""
     first = [index for index, _ in zip(training.batches(0), range(_TRIED), strict=False)]
     short = training._replace(epochs=1, batches=lambda _: iter(first))
     tried = [copy.deepcopy(head) for head in heads[: 2 * _TRIED]]
@@ -150,4 +163,4 @@ def _is_faster_together(heads: Sequence[nn.Module], rates: Sequence[Rates], trai
             train_alone(head, rate, short)
         alone = (time.perf_counter() - middle) * len(heads) / len(tried)
         times.append((middle - begin) / alone)
-    return times[-1] < 1
+    return from_first(times[-1] < 1)

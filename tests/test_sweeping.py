@@ -1,0 +1,130 @@
+"""Comparing heads on the command line: what is chosen is saved, tested once, and can be trained again by a fit."""
+
+import csv
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from tests.ranks import run_on_ranks
+from tests.test_extracting import cached, said
+from tl_lightning.cli import TransferCLI, main
+from tl_lightning.modules import CustomHeadClassifier, LinearProbe, TransferClassifier
+from tl_lightning.trainer import TransferTrainer
+
+RATES = ["--lr=[1e-3, 1e-2, 1e-1]", "--weight_decay=[0.0, 1.0]", "--trainer.max_epochs=4"]
+HEADS = """[
+  {class_path: LinearHead, init_args: {standardize: true}},
+  {class_path: MLPHead, init_args: {hidden: [8], dropout: 0.1}},
+  {class_path: ConvHead, init_args: {channels: 4}}]"""
+VAL = "--data.images.val_fraction=0.3"
+
+
+def table(folder: Path) -> list[dict[str, str]]:
+    with folder.joinpath("sweep.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_what_is_chosen_is_saved_tested_and_trained_again(
+    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main(["sweep", *cached(photos, tmp_path, *RATES, VAL)])
+    text = said(capsys)
+    run = tmp_path / "runs" / "version_0"
+    rows = table(run)
+    assert len(rows) == 6
+    (chosen,) = [row for row in rows if row["chosen"]]
+    assert float(chosen["accuracy"]) > 0.5
+    assert "without what choosing added" in text
+    assert text.count("test accuracy") >= 1
+
+    best = run / "checkpoints" / "best.ckpt"
+    winner = TransferClassifier.load_from_checkpoint(best)
+    assert type(winner) is LinearProbe
+    assert winner.lr == float(chosen["lr"])
+    images = f"--data.root={photos}"
+    main(
+        [
+            "validate",
+            f"--ckpt_path={best}",
+            images,
+            "--data.val_fraction=0.3",
+            "--data.num_workers=0",
+            "--trainer.accelerator=cpu",
+        ]
+    )
+    assert f"validation accuracy {float(chosen['accuracy']):.4f}" in said(capsys)  # on images, as on what is stored
+    main(["predict", f"--ckpt_path={best}", images, "--data.num_workers=0", f"--trainer.default_root_dir={tmp_path}"])
+
+    config = yaml.safe_load((run / "winner.yaml").read_text())
+    assert config["model"]["init_args"]["lr"] == winner.lr
+    main(["fit", f"--config={run / 'winner.yaml'}"])
+    again = LinearProbe.load_from_checkpoint(tmp_path / "runs" / "version_1" / "checkpoints" / "last.ckpt")
+    assert again.head.load_state_dict(winner.head.state_dict())
+
+
+def test_heads_of_all_kinds_and_folds(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["sweep", *cached(photos, tmp_path, *RATES, f"--heads={HEADS}", "--folds=3")])
+    run = tmp_path / "runs" / "version_0"
+    rows = table(run)
+    assert {row["head"] for row in rows} == {
+        "LinearHead(standardize=True)",
+        "MLPHead(hidden=[8], dropout=0.1)",
+        "ConvHead(channels=4)",
+    }
+    assert len(rows) == 18
+    (chosen,) = [row for row in rows if row["chosen"]]
+    winner = TransferClassifier.load_from_checkpoint(run / "checkpoints" / "best.ckpt")
+    assert type(winner) is CustomHeadClassifier
+    assert type(winner.head).__name__ == chosen["head"].partition("(")[0]
+    assert "3-fold" in said(capsys)
+
+
+@pytest.mark.parametrize("head", [0, 1, 2])
+def test_each_head_can_be_the_winner(head: int, photos: Path, tmp_path: Path) -> None:
+    one = yaml.safe_load(HEADS)[head]
+    main(["sweep", *cached(photos, tmp_path, "--lr=[1e-2]", "--weight_decay=[0.1]", f"--heads=[{one}]", VAL)])
+    run = tmp_path / "runs" / "version_0"
+    winner = CustomHeadClassifier.load_from_checkpoint(run / "checkpoints" / "best.ckpt")
+    main(["fit", f"--config={run / 'winner.yaml'}", "--trainer.max_epochs=1"])
+    again = CustomHeadClassifier.load_from_checkpoint(tmp_path / "runs" / "version_1" / "checkpoints" / "last.ckpt")
+    assert again.head.load_state_dict(winner.head.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--model=FeatureCacheClassifier"], "FeatureCacheClassifier is trained otherwise"),
+        (["--model=PartialFineTuning", "--model.unfreeze_from=1"], "PartialFineTuning is trained otherwise"),
+        (["--model.optimizer=SGD"], "leave optimizer and scheduler out"),
+        (["--lr=[]"], "nothing to compare"),
+        (["--lr=[-1.0]"], "rates are above 0"),
+        (["--data.views=2"], "leave views out"),
+        (["--folds=1"], "folds is 1"),
+        (["--folds=50"], "give 2 to"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused(more: list[str], message: str, photos: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=message):
+        main(["sweep", *cached(photos, tmp_path, *more)])
+    assert not (tmp_path / "runs" / "version_0").exists()
+
+
+def sweep_on_ranks(world: int, photos: str, folder: str) -> list[float]:
+    run = Path(folder) / f"world{world}"
+    ranks = [f"--trainer.devices={world}", "--trainer.strategy=ddp"]
+    cli = TransferCLI(["sweep", *cached(Path(photos), run, *RATES, VAL, *ranks)])
+    assert isinstance(cli.trainer, TransferTrainer)
+    assert cli.trainer.swept is not None
+    found = cli.trainer.swept.classifier.head.state_dict()["linear.weight"].flatten().tolist()
+    saved = TransferClassifier.load_from_checkpoint(run / "runs" / "version_0" / "checkpoints" / "best.ckpt")
+    assert found == saved.head.state_dict()["linear.weight"].flatten().tolist()
+    return found  # type: ignore[no-any-return]  # numbers
+
+
+def test_two_ranks_choose_what_one_chooses(photos: Path, tmp_path: Path) -> None:
+    alone = sweep_on_ranks(1, str(photos), str(tmp_path))
+    first, second = run_on_ranks(__name__, "sweep_on_ranks", tmp_path / "out", photos=str(photos), folder=str(tmp_path))
+    assert first == second
+    torch.testing.assert_close(torch.tensor(first), torch.tensor(alone), rtol=1e-5, atol=1e-5)

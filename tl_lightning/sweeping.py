@@ -1,0 +1,185 @@
+"""Compare heads on cached features, and write down the one that is chosen."""
+
+import csv
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from lightning.pytorch import Trainer
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import nn
+
+from tl_lightning.callbacks.table import print_table
+from tl_lightning.chance import run_seed
+from tl_lightning.data import CachedFeaturesDataModule
+from tl_lightning.evaluation import Interval, share
+from tl_lightning.extracting import compute
+from tl_lightning.modules import TransferClassifier
+from tl_lightning.sweep.candidates import classifier_of
+from tl_lightning.sweep.search import Candidate, Found, Samples, search, work
+
+_SHOWN = 10
+
+
+class Swept(NamedTuple):
+    """What came out of a sweep."""
+
+    found: Found
+    classifier: TransferClassifier
+    """With the head that was chosen."""
+    checkpoint: Path
+    test_accuracy: Interval | None
+    """On images that nothing was chosen by; None where there are none."""
+
+    @property
+    def candidate(self) -> Candidate:
+        """What was chosen."""
+        return self.found.candidates[self.found.chosen]
+
+    def describe(self) -> dict[str, str]:
+        """Describe what was chosen, a few words a row."""
+        rates = self.candidate.rates
+        rows = {"head": self.candidate.name, "lr": f"{rates.lr:g}", "weight decay": f"{rates.weight_decay:g}"}
+        if self.test_accuracy is not None:
+            _, low, high = self.test_accuracy
+            rows["test accuracy"] = f"{self.test_accuracy.estimate:.4f} ({low:.4f} to {high:.4f} at 95 %)"
+        return rows | {"checkpoint": str(self.checkpoint)}
+
+
+def sweep(
+    trainer: Trainer,
+    model: TransferClassifier,
+    data: CachedFeaturesDataModule,
+    candidates: Sequence[Candidate],
+    *,
+    folds: int,
+    other_head: bool,
+) -> Swept:
+    """Train the candidates, choose one, save it, and test it once.
+
+    Args:
+        trainer: It says for how many epochs, and where files go.
+        model: The classifier whose head is varied.
+        data: The images, and where features are stored.
+        candidates: What is tried.
+        folds: Of cross-validation; 0 compares on the validation images.
+        other_head: Whether the candidates' heads are none of the model's own.
+
+    Raises:
+        ValueError: There are no images to choose by, or the data have several views of an image.
+    """
+    if data.views:
+        raise ValueError(f"data.views is {data.views}; sweep trains on the images as they are: leave views out")
+    boundaries = list(dict.fromkeys(candidate.boundary for candidate in candidates))
+    compute(trainer, model, data, boundaries)
+    found = _search(trainer, model, data, candidates, boundaries, folds)
+    classifier = classifier_of(model, candidates[found.chosen], found.head, other_head=other_head)
+    trainer.validate(classifier, datamodule=data, verbose=False)  # the score of what is saved, by the usual way
+    folder = Path(str(trainer.log_dir or trainer.default_root_dir))
+    checkpoint = folder / "checkpoints" / "best.ckpt"
+    trainer.save_checkpoint(checkpoint, weights_only=False)  # with what says which images were for training
+    _print(found, folds)
+    if trainer.is_global_zero:
+        _write(found, folder / "sweep.csv")
+    tested = None
+    if "test" in data.splits:
+        trainer.test(classifier, datamodule=data, ckpt_path=str(checkpoint), weights_only=True, verbose=False)
+        count = len(data.splits["test"].files)
+        tested = share(round(float(trainer.callback_metrics["test_accuracy"]) * count), count)
+    return Swept(found, classifier, checkpoint, tested)
+
+
+def _search(
+    trainer: Trainer,
+    model: TransferClassifier,
+    data: CachedFeaturesDataModule,
+    candidates: Sequence[Candidate],
+    boundaries: Sequence[str],
+    folds: int,
+) -> Found:
+    """Search on all ranks alike, since a head may speak to its likes on the others; what the first one finds counts."""
+    found = _search_here(trainer, model, data, candidates, boundaries, folds)
+    state = {name: tensor.cpu() for name, tensor in found.head.state_dict().items()}
+    told, state = trainer.strategy.broadcast((found._replace(candidates=(), head=nn.Identity()), state))
+    if trainer.is_global_zero:
+        return found
+    candidate = candidates[told.chosen]
+    head = candidate.head(data.features("train", candidate.boundary).shape[1], model.num_classes)
+    head.load_state_dict(state)
+    return told._replace(candidates=candidates, head=head)
+
+
+def _search_here(
+    trainer: Trainer,
+    model: TransferClassifier,
+    data: CachedFeaturesDataModule,
+    candidates: Sequence[Candidate],
+    boundaries: Sequence[str],
+    folds: int,
+) -> Found:
+    train_samples, val_samples = (
+        Samples(
+            {boundary: data.features(split, boundary) for boundary in boundaries},
+            torch.tensor(data.splits[split].targets, device=trainer.strategy.root_device),
+        )
+        for split in ("train", "val")
+    )
+    columns = (TextColumn("heads"), BarColumn(), MofNCompleteColumn(), TextColumn("epochs"), TimeRemainingColumn())
+    epochs = trainer.max_epochs or 1
+    with Progress(*columns, disable=trainer.progress_bar_callback is None or not trainer.is_global_zero) as progress:
+        bar = progress.add_task("", total=work(candidates, epochs=epochs, folds=folds))
+        return search(
+            candidates,
+            train_samples,
+            val_samples,
+            num_classes=model.num_classes,
+            loss=model.compute_loss,
+            epochs=epochs,
+            batch_size=data.batch_size,
+            seed=run_seed(),
+            folds=folds,
+            advance=lambda count: progress.advance(bar, count),
+        )
+
+
+def _rows(found: Found) -> list[dict[str, str]]:
+    """Return what was tried, the best first."""
+    order = sorted(range(len(found.candidates)), key=lambda n: (-float(found.accuracy[n]), float(found.loss[n])))
+    return [
+        {
+            "head": found.candidates[n].name,
+            "lr": f"{found.candidates[n].rates.lr:g}",
+            "weight_decay": f"{found.candidates[n].rates.weight_decay:g}",
+            "accuracy": f"{float(found.accuracy[n]):.4f}",
+            "loss": f"{float(found.loss[n]):.4f}",
+            "chosen": "yes" if n == found.chosen else "",
+        }
+        for n in order
+    ]
+
+
+def _print(found: Found, folds: int) -> None:
+    rows = _rows(found)
+    several = len({row["head"] for row in rows}) > 1
+    shown = {
+        f"{row['head'] + ', ' if several else ''}lr {row['lr']}, decay {row['weight_decay']}": f"{row['accuracy']}, loss {row['loss']}"
+        + (", chosen: the simplest within one standard error" if row["chosen"] else "")
+        for number, row in enumerate(rows)
+        if number < _SHOWN or row["chosen"]
+    }
+    if len(rows) > len(shown):
+        shown["others"] = f"{len(rows) - len(shown)}, in sweep.csv"
+    low, high = found.interval.low, found.interval.high
+    shown["chosen"] = f"{found.interval.estimate:.4f} ({low:.4f} to {high:.4f} at 95 %) without what choosing added"
+    by = f"by {folds}-fold cross-validation" if folds else "on validation images"
+    print_table(f"compared, by accuracy {by}", shown)
+
+
+def _write(found: Found, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rows = _rows(found)
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
