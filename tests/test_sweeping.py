@@ -113,7 +113,7 @@ def test_what_cannot_be_compared_is_refused(more: list[str], message: str, photo
 
 def sweep_on_ranks(world: int, photos: str, folder: str) -> list[float]:
     run = Path(folder) / f"world{world}"
-    ranks = [f"--trainer.devices={world}", "--trainer.strategy=ddp"]
+    ranks = [f"--trainer.devices={world}", "--trainer.strategy=ddp"] if world > 1 else []
     cli = TransferCLI(["sweep", *cached(Path(photos), run, *RATES, VAL, *ranks)])
     assert isinstance(cli.trainer, TransferTrainer)
     assert cli.trainer.swept is not None
