@@ -1,8 +1,11 @@
+import os
 from pathlib import Path
 
 import pytest
 
-from tests.doubles import image_folder
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: tests run side by side, a core each
+
+from tests.doubles import image_folder  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
