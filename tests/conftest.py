@@ -5,7 +5,7 @@ import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: tests run side by side, a core each
 
-from tests.doubles import image_folder  # noqa: E402
+from tests.doubles import image_folder
 
 
 @pytest.fixture(autouse=True)

@@ -67,10 +67,12 @@ def sweep(
         other_head: Whether the candidates' heads are none of the model's own.
 
     Raises:
-        ValueError: There are no images to choose by, or the data have several views of an image.
+        ValueError: The trainer trains for no epoch, or the data have several views of an image.
     """
     if data.views:
         raise ValueError(f"data.views is {data.views}; sweep trains on the images as they are: leave views out")
+    if (trainer.max_epochs or 0) < 1 or trainer.fast_dev_run:  # type: ignore[attr-defined]  # Lightning sets it
+        raise ValueError("sweep trains each head for max_epochs, a number of at least 1, and knows no fast_dev_run")
     boundaries = list(dict.fromkeys(candidate.boundary for candidate in candidates))
     compute(trainer, model, data, boundaries)
     found = _search(trainer, model, data, candidates, boundaries, folds)
@@ -85,8 +87,9 @@ def sweep(
     tested = None
     if "test" in data.splits:
         trainer.test(classifier, datamodule=data, ckpt_path=str(checkpoint), weights_only=True, verbose=False)
+        accuracy = trainer.callback_metrics.get("test_accuracy")  # a subclass may measure something else
         count = len(data.splits["test"].files)
-        tested = share(round(float(trainer.callback_metrics["test_accuracy"]) * count), count)
+        tested = None if accuracy is None else share(round(float(accuracy) * count), count)
     return Swept(found, classifier, checkpoint, tested)
 
 
@@ -126,7 +129,7 @@ def _search_here(
         for split in ("train", "val")
     )
     columns = (TextColumn("heads"), BarColumn(), MofNCompleteColumn(), TextColumn("epochs"), TimeRemainingColumn())
-    epochs = trainer.max_epochs or 1
+    epochs = trainer.max_epochs or 0
     with Progress(*columns, disable=trainer.progress_bar_callback is None or not trainer.is_global_zero) as progress:
         bar = progress.add_task("", total=work(candidates, epochs=epochs, folds=folds))
         return search(

@@ -58,6 +58,24 @@ def test_simpler_means_smaller_then_more_decay_then_slower() -> None:
     assert found.chosen == 3
 
 
+def test_what_diverges_is_not_chosen() -> None:
+    features, target = samples(2, count=300)
+    target = torch.where(torch.arange(300) < 240, 0, target)  # most are of the class that a head without sense names
+    half = Samples({HEAD: features[:200]}, target[:200])
+    found = search(
+        [Candidate(LinearHead, Rates(1e-3, 0.0)), Candidate(LinearHead, Rates(1e30, 1e30))],
+        half,
+        Samples({HEAD: features[200:]}, target[200:]),
+        num_classes=2,
+        loss=nn.functional.cross_entropy,
+        epochs=2,
+        batch_size=32,
+        seed=0,
+    )
+    assert found.chosen == 0
+    assert found.accuracy[1] == 0
+
+
 TRIALS = 200
 
 

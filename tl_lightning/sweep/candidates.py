@@ -82,7 +82,6 @@ def classifier_of(
     """
     positional, named = model.init_args
     named = named | {
-        "class_names": model.class_names,
         "lr": candidate.rates.lr,
         "optimizer": functools.partial(AdamW, weight_decay=candidate.rates.weight_decay),
     }

@@ -190,7 +190,7 @@ def _judge(candidates: Sequence[Candidate], heads: Sequence[nn.Module], samples:
     right, losses = [], []
     for candidate, head in zip(candidates, heads, strict=True):
         scores = head(samples.features[candidate.boundary])
-        right.append(scores.argmax(1) == samples.target)
+        right.append((scores.argmax(1) == samples.target) & scores.isfinite().all(1))  # what diverged is never right
         losses.append(nn.functional.cross_entropy(scores.float(), samples.target, reduction="none"))
     return torch.stack(right).cpu(), torch.stack(losses).cpu()
 
