@@ -102,7 +102,7 @@ def test_each_head_can_be_the_winner(head: int, photos: Path, tmp_path: Path) ->
         (["--lr=[-1.0]"], "rates are above 0"),
         (["--data.views=2"], "leave views out"),
         (["--trainer.max_epochs=0"], "at least 1"),
-        (["--trainer.fast_dev_run=true"], "no fast_dev_run"),
+        (["--trainer.fast_dev_run=true", "--trainer.logger=false"], "no fast_dev_run"),
         (["--folds=1"], "folds is 1"),
         (["--folds=50"], "give 2 to"),
     ],

@@ -56,6 +56,27 @@ def test_flips(flip: Any, seen: int) -> None:
     assert len({order for order in orders if sorted(order) == [0, 1, 2, 3]}) == seen
 
 
+@pytest.mark.parametrize("min_crop", [0.1, 0.8, 1.0])
+def test_crops_keep_their_share(min_crop: float) -> None:
+    """The image holds its columns' numbers, so the width of a crop shows in what it spans; rows likewise."""
+    columns = torch.arange(200, dtype=torch.uint8).expand(200, 200)
+    image = torch.stack([columns, columns.T, columns])
+    transform = train_transform(Preprocessing(200, 200, mean=(0, 0, 0), std=(1, 1, 1)), "none", min_crop)
+    shares = []
+    for _ in range(60):
+        out = 255 * transform(image)
+        width, height = (float(out[channel].max() - out[channel].min()) + 1 for channel in (0, 1))
+        shares.append(width * height / 200**2)
+    assert min(shares) >= min_crop - 0.03
+    assert min(shares) <= min_crop + 0.2
+
+
+@pytest.mark.parametrize("min_crop", [0.0, 1.5])
+def test_impossible_crop(min_crop: float) -> None:
+    with pytest.raises(ValueError, match="a share of the image's area"):
+        train_transform(Preprocessing(), min_crop=min_crop)
+
+
 def test_unknown_flip() -> None:
     with pytest.raises(ValueError, match="flip is 'vertical'; it is one of horizontal, both, none"):
         train_transform(Preprocessing(), "vertical")  # type: ignore[arg-type]  # the mistake

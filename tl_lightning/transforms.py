@@ -70,30 +70,34 @@ def eval_transform(preprocessing: Preprocessing) -> v2.Compose:
     )
 
 
-def train_transform(preprocessing: Preprocessing, flip: Flip = "horizontal") -> v2.Compose:
-    """Build the random transform of training: a crop of 50 to 100 % of the area, and a flip in every second image.
+def train_transform(preprocessing: Preprocessing, flip: Flip = "horizontal", min_crop: float = 0.5) -> v2.Compose:
+    """Build the random transform of training: a crop, and a flip in every second image.
 
-    Both draw from torch's global generator. The crop is milder than the 8 to 100 % of training from scratch
+    Both draw from torch's global generator. By default, the crop is milder than the 8 to 100 % of training from scratch
     (https://arxiv.org/abs/1409.4842), which costs accuracy where the data are few and the features are given.
 
     Args:
         preprocessing: What the backbone's weights want.
         flip: ``horizontal``; ``both`` flips vertically in every second image too, for what has no upside; ``none``, for what
             a mirror image would change, as text.
+        min_crop: Smallest share of the image's area that is kept; more of it where what tells the classes apart is small, or
+            lies at the border.
 
     Returns:
         A callable from a uint8 image (3, H, W) to a float image (3, h, w), ``(h, w)`` being the crop's shape.
 
     Raises:
-        ValueError: The flip is none of these.
+        ValueError: The flip is none of these, or the share is not above 0 and at most 1.
     """
     if flip not in _FLIPS:
         raise ValueError(f"flip is {flip!r}; it is one of {', '.join(_FLIPS)}")
+    if not 0 < min_crop <= 1:
+        raise ValueError(f"min_crop is {min_crop}; it is a share of the image's area, above 0 and at most 1")
     return v2.Compose(
         [
             v2.RandomResizedCrop(
                 list(preprocessing.crop_shape),
-                scale=(0.5, 1.0),
+                scale=(min_crop, 1.0),
                 interpolation=InterpolationMode(preprocessing.interpolation),
                 antialias=True,
             ),

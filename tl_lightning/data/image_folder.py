@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lightning.fabric.utilities.data import suggested_max_num_workers
+from torchvision.transforms import v2
 
 from tl_lightning.chance import run_seed
 from tl_lightning.data.contents import FolderContents
@@ -33,6 +34,7 @@ class ImageFolderDataModule(ResumableDataModule):
         num_workers: Processes that load images, for each training process; None chooses by the number of CPUs.
         augment: Train on random crops and flips of the images; see :func:`tl_lightning.transforms.train_transform`.
         flip: Which flips: ``horizontal``, ``both`` for what has no upside, ``none`` for what a mirror image would change.
+        min_crop: Smallest share of an image's area that a random crop keeps.
         val_fraction: Share of all labelled images that is split off for validation where no folder gives it.
         test_fraction: Share of all labelled images that is split off for testing where no folder gives any split; 1 tests
             on all of them.
@@ -42,7 +44,7 @@ class ImageFolderDataModule(ResumableDataModule):
 
     Raises:
         FileNotFoundError: The root does not exist.
-        ValueError: A fraction, or the batch size, is out of range.
+        ValueError: A fraction, the crop, or the batch size is out of range.
     """
 
     def __init__(
@@ -52,6 +54,7 @@ class ImageFolderDataModule(ResumableDataModule):
         num_workers: int | None = None,
         augment: bool = True,
         flip: Flip = "horizontal",
+        min_crop: float = 0.5,
         val_fraction: float = 0.1,
         test_fraction: float = 0.1,
         background: tuple[int, int, int] = WHITE,
@@ -70,7 +73,7 @@ class ImageFolderDataModule(ResumableDataModule):
                 f"val_fraction is {val_fraction} and test_fraction {test_fraction}; both are shares between 0 and 1 that "
                 "leave some images for training, or test_fraction is 1 to test on all images"
             )
-        train_transform(Preprocessing(), flip)  # raises where there is no such flip
+        train_transform(Preprocessing(), flip, min_crop)  # raises where they cannot be
         if not all(0 <= channel <= 255 for channel in background):
             raise ValueError(f"background is {tuple(background)}; red, green and blue go from 0 to 255")
         self.root = Path(root)
@@ -78,6 +81,7 @@ class ImageFolderDataModule(ResumableDataModule):
         self.num_workers = num_workers
         self.augment = augment
         self.flip = flip
+        self.min_crop = min_crop
         self.background = (background[0], background[1], background[2])
         self.seed = run_seed() if seed is None else seed
         self.preprocessing = preprocessing
@@ -140,7 +144,7 @@ class ImageFolderDataModule(ResumableDataModule):
     def train_dataloader(self) -> EpochLoader:
         """Load the training images, shuffled, and augmented if so chosen."""
         preprocessing = self._known_preprocessing()
-        transform = train_transform(preprocessing, self.flip) if self.augment else eval_transform(preprocessing)
+        transform = self.augmentation(preprocessing) if self.augment else eval_transform(preprocessing)
         return self.train_on(self._loader(*self.splits["train"], transform, shuffle=True))
 
     def val_dataloader(self) -> ImageLoader:
@@ -161,6 +165,10 @@ class ImageFolderDataModule(ResumableDataModule):
             loader.close()
         self._loaders.clear()
         super().teardown(stage)
+
+    def augmentation(self, preprocessing: Preprocessing) -> v2.Compose:
+        """Return the random transform of training images."""
+        return train_transform(preprocessing, self.flip, self.min_crop)
 
     def provenance(self) -> Provenance:
         """Return what identifies the training images."""

@@ -30,13 +30,14 @@ class SolarCellsDataModule(ImageFolderDataModule):
         batch_size: Samples per batch and process.
         num_workers: Processes that load images, for each training process; None chooses by the number of CPUs.
         augment: Train on random crops and flips of the images.
+        min_crop: Smallest share of a cell's area that a random crop keeps.
         val_fraction: Share of the images that is split off for validation.
         test_fraction: Share of the images that is split off for testing.
         seed: Seed of the split, the order and the augmentation; None takes that of ``seed_everything``, else 42.
         preprocessing: What the backbone wants: ``backbone.preprocessing``. The command line fills it in.
 
     Raises:
-        ValueError: ``classes`` is neither 2 nor 4, or a fraction or the batch size is out of range.
+        ValueError: ``classes`` is neither 2 nor 4, or a fraction, the crop or the batch size is out of range.
     """
 
     def __init__(
@@ -46,6 +47,7 @@ class SolarCellsDataModule(ImageFolderDataModule):
         batch_size: int = 32,
         num_workers: int | None = None,
         augment: bool = True,
+        min_crop: float = 0.5,
         val_fraction: float = 0.1,
         test_fraction: float = 0.2,
         seed: int | None = None,
@@ -60,6 +62,7 @@ class SolarCellsDataModule(ImageFolderDataModule):
             num_workers=num_workers,
             augment=augment,
             flip="both",  # a cell has no upside
+            min_crop=min_crop,
             val_fraction=val_fraction,
             test_fraction=test_fraction,
             seed=seed,

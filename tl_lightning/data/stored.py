@@ -17,7 +17,7 @@ from tl_lightning.data.image_loader import load_in_order
 from tl_lightning.features import FeatureStore, StoredRows, content_keys, extract, recipe_of
 from tl_lightning.features.together import all_or_none, from_all, rank_and_world
 from tl_lightning.images import read_image
-from tl_lightning.transforms import Preprocessing, eval_transform, train_transform
+from tl_lightning.transforms import Preprocessing, eval_transform
 
 
 class StoredImages:
@@ -104,7 +104,7 @@ class StoredImages:
     def _store(self, network: Backbone, boundary: str, augmented: bool) -> FeatureStore:
         augmentation = "none"
         if augmented:
-            transform = train_transform(network.preprocessing, self.images.flip)
+            transform = self.images.augmentation(network.preprocessing)
             augmentation = f"{' '.join(repr(transform).split())} from seed {self.images.seed}"
         recipe = recipe_of(
             network, boundary, background=self.images.background, augmentation=augmentation, dtype=self.dtype
@@ -129,7 +129,7 @@ class _Images(Dataset[tuple[Tensor, int, int]]):
         self.root, self.background, self.seed = images.root, images.background, images.seed
         self.files = files
         self.plain = eval_transform(preprocessing)
-        self.augment = train_transform(preprocessing, images.flip)
+        self.augment = images.augmentation(preprocessing)
 
     def __getitem__(self, key: str) -> tuple[Tensor, int, int]:
         content, _, view = key.partition(":")
