@@ -7,10 +7,13 @@ import pytest
 import torch
 import yaml
 
+from tests.doubles import TinyBackbone
 from tests.ranks import run_on_ranks
 from tests.test_extracting import cached, said
 from tl_lightning.cli import TransferCLI, main
+from tl_lightning.heads import LinearHead
 from tl_lightning.modules import CustomHeadClassifier, LinearProbe, TransferClassifier
+from tl_lightning.sweep.candidates import candidates_of
 from tl_lightning.trainer import TransferTrainer
 
 RATES = ["--lr=[1e-3, 1e-2, 1e-1]", "--weight_decay=[0.0, 1.0]", "--trainer.max_epochs=4"]
@@ -98,6 +101,7 @@ def test_each_head_can_be_the_winner(head: int, photos: Path, tmp_path: Path) ->
         (["--model=FeatureCacheClassifier"], "FeatureCacheClassifier is trained otherwise"),
         (["--model=PartialFineTuning", "--model.unfreeze_from=1"], "PartialFineTuning is trained otherwise"),
         (["--model.optimizer=SGD"], "leave optimizer and scheduler out"),
+        (["--heads=[{class_path: NearestNeighbourHead}]"], "NearestNeighbourHead is solved for at once"),
         (["--lr=[]"], "nothing to compare"),
         (["--lr=[-1.0]"], "rates are above 0"),
         (["--data.views=2"], "leave views out"),
@@ -111,6 +115,12 @@ def test_what_cannot_be_compared_is_refused(more: list[str], message: str, photo
     with pytest.raises(ValueError, match=message):
         main(["sweep", *cached(photos, tmp_path, *more)])
     assert not (tmp_path / "runs" / "version_0").exists()
+
+
+def test_head_that_no_checkpoint_could_bring_back_is_refused_at_once() -> None:
+    model = LinearProbe(TinyBackbone(), 3)
+    with pytest.raises(ValueError, match="cannot be written into a checkpoint"):
+        candidates_of(model, [1e-3], [0.0], [lambda features, classes: LinearHead(features, classes)])
 
 
 def sweep_on_ranks(world: int, photos: str, folder: str) -> list[float]:

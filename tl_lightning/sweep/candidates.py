@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 from torch.optim import AdamW
 
-from tl_lightning.heads import HeadCallable, LinearHead, check_maker
+from tl_lightning.heads import FittedHead, HeadCallable, LinearHead, check_maker
 from tl_lightning.makeup import as_factory, class_path, describe
 from tl_lightning.modules import CustomHeadClassifier, LinearProbe, TransferClassifier
 from tl_lightning.sweep.search import Candidate
@@ -34,7 +34,7 @@ def candidates_of(
 
     Raises:
         ValueError: The model trains more than a head, or not by steps, has an optimizer or a schedule of its own, or takes no
-            other head; or there is nothing to try, or a rate or decay that is none.
+            other head; there is nothing to try, or a rate or decay that is none; or a head is a lambda, or solved for at once.
     """
     name = type(model).__name__
     if model.staging.trainable or not model.automatic_optimization:
@@ -58,9 +58,21 @@ def candidates_of(
             f"lr is {list(lr)} and weight_decay {list(weight_decay)}; rates are above 0, decays at least 0"
         )
     for head in heads or ():
-        check_maker(head)
+        _check(head)
     tried = [_own_head(model)] if heads is None else heads
     return [Candidate(head, Rates(*rates)) for head in tried for rates in itertools.product(lr, weight_decay)]
+
+
+def _check(head: HeadCallable) -> None:
+    """Refuse now what no checkpoint could bring back, or what is not trained by steps."""
+    check_maker(head)
+    describe(head)
+    factory = as_factory(head)
+    if factory is not None and issubclass(factory.func, FittedHead):  # type: ignore[arg-type]  # a class
+        raise ValueError(
+            f"{factory.func.__name__} is solved for at once, without a rate or a weight decay: use it with "
+            "FeatureCacheClassifier and fit"
+        )
 
 
 def _own_head(model: TransferClassifier) -> HeadCallable:
