@@ -92,7 +92,14 @@ def test_solved_head_by_the_command_line(photos: Path, tmp_path: Path, capsys: p
 
 def test_images_are_to_be_put_into_a_cache(photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(TypeError, match=r"--data CachedFeaturesDataModule --data\.images ImageFolderDataModule"):
-        main(["extract", *TINY, f"--data.root={photos}"])
+        main(["extract", *TINY, "--data=ImageFolderDataModule", f"--data.root={photos}"])
+
+
+@pytest.mark.parametrize("command", ["extract", "sweep"])
+def test_folder_is_that_of_the_images(command: str, photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main([command, *TINY, f"--data.root={photos}"])
+    assert "The images in it have 'root': --data.images.root" in capsys.readouterr().err
 
 
 def extract_on_ranks(world: int, photos: str, folder: str) -> int:

@@ -8,7 +8,12 @@ from typing import Any
 
 import yaml
 from jsonargparse import Namespace
+from lightning.pytorch import LightningDataModule
 from lightning.pytorch.cli import LightningArgumentParser
+
+from tl_lightning.backbones import Backbone
+from tl_lightning.modules import TransferClassifier
+from tl_lightning.transforms import Preprocessing
 
 DESCRIPTIONS = {
     "fit": "Train a classifier on a folder of images.",
@@ -16,11 +21,14 @@ DESCRIPTIONS = {
     "test": "Score a checkpoint on the test images.",
     "predict": "Write predictions.csv for a folder of images, nested or flat.",
     "extract": "Compute and store the features that a fit on cached features trains on.",
-    "sweep": "Compare heads, learning rates and weight decays on such features, and keep the best.",
+    "sweep": "Compare heads, learning rates and weight decays on stored features, and keep the best.",
 }
 """Of the subcommands."""
 
-BUILDING = ("fit", "extract", "sweep")
+CACHING = ("extract", "sweep")
+"""Subcommands that work on cached features."""
+
+BUILDING = ("fit", *CACHING)
 """Subcommands whose model comes from the configuration, not from a checkpoint."""
 
 HELP = {
@@ -41,8 +49,38 @@ TITLES = {
 
 _DEFAULT_MODEL = ("--backbone=TorchvisionBackbone", "--backbone.name=resnet50", "--model=LinearProbe")
 _DEFAULT_DATA = "--data=ImageFolderDataModule"
+_DEFAULT_CACHED_DATA = "--data=CachedFeaturesDataModule"
 
 _CALLBACKS = "--trainer.callbacks"
+
+
+def add_parts(parser: LightningArgumentParser, subcommand: str) -> None:
+    """Add backbone, data and model to the parser of a subcommand, and link what follows from one for another."""
+    if subcommand in BUILDING:
+        network = "The pre-trained network; TorchvisionBackbone with the name resnet50 where none is named."
+        parser.add_subclass_arguments(Backbone, "backbone", required=True, help=network)
+    usual = "CachedFeaturesDataModule" if subcommand in CACHING else "ImageFolderDataModule"
+    images = f"The images; {usual} where none is named."
+    parser.add_subclass_arguments(LightningDataModule, "data", required=True, help=images)
+    if subcommand in BUILDING:
+        strategy = "How it is trained; LinearProbe where none is named."
+        parser.add_subclass_arguments(TransferClassifier, "model", required=True, help=strategy)
+        for key in ("model", "data"):
+            parser.link_arguments("backbone", f"{key}.init_args.backbone", apply_on="instantiate")
+        parser.link_arguments(
+            "backbone", "data.init_args.preprocessing", compute_fn=preprocessing, apply_on="instantiate"
+        )
+        parser.link_arguments("data.num_classes", "model.init_args.num_classes", apply_on="instantiate")
+        parser.link_arguments("data.class_names", "model.init_args.class_names", apply_on="instantiate")
+    else:  # the configuration of a fit is valid here as well
+        trust = "From the checkpoint. Name a class of your own here to let the checkpoint name it."
+        for key in ("backbone", "model"):
+            parser.add_argument(f"--{key}", type=str | dict | None, default=None, help=trust)
+
+
+def preprocessing(backbone: Backbone) -> Preprocessing:
+    """Return what the backbone wants images to go through; its name shows in the help."""
+    return backbone.preprocessing
 
 
 def complete(parser: LightningArgumentParser, subcommand: str) -> None:
@@ -52,7 +90,8 @@ def complete(parser: LightningArgumentParser, subcommand: str) -> None:
     """
     for action in parser._actions:
         action.help = HELP.get(action.dest, action.help)
-    parser.usage = f"tl-lightning {subcommand} [--config FILE] [--data.root FOLDER] [options]"
+    root = "data.images.root" if subcommand in CACHING else "data.root"
+    parser.usage = f"tl-lightning {subcommand} [--config FILE] [--{root} FOLDER] [options]"
     for group in parser._action_groups:
         group.title = TITLES.get(str(group.title).partition(" ")[0], group.title)
     tested = "Test the best checkpoint when training has ended."
@@ -60,7 +99,7 @@ def complete(parser: LightningArgumentParser, subcommand: str) -> None:
     parser.add_argument(
         "--test_after_fit", **({"type": bool, "default": False, "help": tested} if subcommand == "fit" else unused)
     )
-    if subcommand in ("extract", "sweep"):
+    if subcommand in CACHING:
         for key in ("ckpt_path", "weights_only"):
             parser.add_argument(f"--{key}", **unused)
     else:
@@ -125,7 +164,8 @@ def name_classes(args: list[str]) -> list[str]:
     configs = [_read(Path(file), subcommand) for file in files]
     named = {arg.partition("=")[0].removesuffix(".class_path") for arg in others}
     named |= {f"--{key}" for config in configs for key in config}
-    defaults = [*(_DEFAULT_MODEL if subcommand in BUILDING else ()), _DEFAULT_DATA]
+    data = _DEFAULT_CACHED_DATA if subcommand in CACHING else _DEFAULT_DATA
+    defaults = [*(_DEFAULT_MODEL if subcommand in BUILDING else ()), data]
     added = [arg for arg in defaults if arg.partition("=")[0].partition(".")[0] not in named]
     forgotten = ["--backbone=null"] if subcommand in BUILDING and _is_replaced("backbone", configs, others) else []
     return [subcommand, *added, *(f"--config={file}" for file in files), *forgotten, *others]

@@ -5,12 +5,20 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from lightning.pytorch import Callback, LightningDataModule, Trainer
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 
-from tl_lightning.arguments import BUILDING, DESCRIPTIONS, class_paths, complete, import_module_of, name_classes
-from tl_lightning.backbones import Backbone
+from tl_lightning.arguments import (
+    BUILDING,
+    CACHING,
+    DESCRIPTIONS,
+    add_parts,
+    class_paths,
+    complete,
+    import_module_of,
+    name_classes,
+)
 from tl_lightning.callbacks import Outcome, Plan, PredictionWriter, Progress
 from tl_lightning.chance import DEFAULT_SEED
 from tl_lightning.data import images_of
@@ -28,7 +36,6 @@ from tl_lightning.modules import TransferClassifier, checkpoint
 from tl_lightning.quiet import quiet
 from tl_lightning.resuming import check_known, check_resumed, check_there
 from tl_lightning.trainer import TransferTrainer
-from tl_lightning.transforms import Preprocessing
 
 
 class TransferCLI(LightningCLI):
@@ -65,31 +72,13 @@ class TransferCLI(LightningCLI):
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
         """Return the subcommands, and the arguments of their methods that are no options."""
-        return LightningCLI.subcommands() | {name: {"model", "datamodule"} for name in ("extract", "sweep")}
+        return LightningCLI.subcommands() | {name: {"model", "datamodule"} for name in CACHING}
 
     # Parsing --------------------------------------------------------------------------------------------------------
 
     def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add backbone, data, model and trainer, and link them."""
-        if self._building in BUILDING:
-            network = "The pre-trained network; TorchvisionBackbone with the name resnet50 where none is named."
-            parser.add_subclass_arguments(Backbone, "backbone", required=True, help=network)
-        images = "The images; ImageFolderDataModule where none is named."
-        parser.add_subclass_arguments(LightningDataModule, "data", required=True, help=images)
-        if self._building in BUILDING:
-            strategy = "How it is trained; LinearProbe where none is named."
-            parser.add_subclass_arguments(TransferClassifier, "model", required=True, help=strategy)
-            for key in ("model", "data"):
-                parser.link_arguments("backbone", f"{key}.init_args.backbone", apply_on="instantiate")
-            parser.link_arguments(
-                "backbone", "data.init_args.preprocessing", compute_fn=preprocessing, apply_on="instantiate"
-            )
-            parser.link_arguments("data.num_classes", "model.init_args.num_classes", apply_on="instantiate")
-            parser.link_arguments("data.class_names", "model.init_args.class_names", apply_on="instantiate")
-        else:  # the configuration of a fit is valid here as well
-            trust = "From the checkpoint. Name a class of your own here to let the checkpoint name it."
-            for key in ("backbone", "model"):
-                parser.add_argument(f"--{key}", type=str | dict | None, default=None, help=trust)
+        add_parts(parser, self._building)
         parser.add_lightning_class_args(self.trainer_class, "trainer")
         parser.set_defaults({f"trainer.{key}": value for key, value in self.trainer_defaults.items()})
 
@@ -232,11 +221,6 @@ class TransferCLI(LightningCLI):
         text = self._parser("sweep").dump(self.config["sweep"], skip_none=False)
         assert isinstance(self.trainer, TransferTrainer)  # noqa: S101 - it was made so
         self.trainer.write_winner(yaml.safe_load(text))
-
-
-def preprocessing(backbone: Backbone) -> Preprocessing:
-    """Return what the backbone wants images to go through; its name shows in the help."""
-    return backbone.preprocessing
 
 
 def main(args: ArgsType = None) -> None:

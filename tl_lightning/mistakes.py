@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from tl_lightning.backbones import Backbone
+from tl_lightning.data import CachedFeaturesDataModule, ImageFolderDataModule
 from tl_lightning.messages import unknown
 from tl_lightning.modules import TransferClassifier
 
@@ -102,6 +103,9 @@ def _of_class(cls: type, place: str, message: str, given: dict[str, Any], option
     text = _no_option(cls.__name__, strange, options)
     if "did you mean" in text or place not in _SPOKEN_FOR:
         return text
+    inner = _close(strange, _parameters(ImageFolderDataModule)) if cls is CachedFeaturesDataModule else []
+    if inner:
+        return f"{text}\nThe images in it have {inner[0]!r}: --{place}.images.{inner[0]}"
     others = {other.__name__: _close(strange, _parameters(other)) for other in _subclasses(_PLACES[place])}
     other, names = next(((other, names) for other, names in others.items() if names), ("", []))
     has = f"\n{other} has {names[0]!r}" if names else ""
