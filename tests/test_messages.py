@@ -224,8 +224,9 @@ def test_program_has_one_name(arguments: list[str], tmp_path: Path) -> None:
 # Runs that end early --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("devices", [1, pytest.param(2, marks=pytest.mark.slow)])
-def test_terminated_run_says_how_it_goes_on(devices: int, photos: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("devices", "told"), [(1, "all"), (2, "first"), (2, "all")])
+def test_terminated_run_says_how_it_goes_on(devices: int, told: str, photos: Path, tmp_path: Path) -> None:
+    """A cluster tells the first process, or each."""
     arguments = [BACKBONE, f"--data.root={photos}", "--data.num_workers=0", "--trainer.enable_progress_bar=false"]
     arguments += ["--trainer.max_epochs=5000", "--trainer.accelerator=cpu", f"--trainer.devices={devices}"]
     last = tmp_path / "runs" / "version_0" / "checkpoints" / "last.ckpt"
@@ -233,6 +234,10 @@ def test_terminated_run_says_how_it_goes_on(devices: int, photos: Path, tmp_path
     with start("fit", *arguments, cwd=tmp_path) as process:
         while not last.is_file() and process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.1)
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        for child in children if told == "all" else ():
+            if b"LOCAL_RANK=1" in Path(f"/proc/{child}/environ").read_bytes():
+                os.kill(int(child), signal.SIGTERM)
         process.send_signal(signal.SIGTERM)
         out, err = process.communicate(timeout=120)
     assert process.returncode == 128 + signal.SIGTERM, err

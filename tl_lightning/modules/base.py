@@ -31,6 +31,7 @@ from tl_lightning.modules.plateau import StepOnPlateau
 from tl_lightning.modules.sharding import shard
 from tl_lightning.modules.staged import Staged
 from tl_lightning.modules.step_boundary import StepBoundary, finish_epoch
+from tl_lightning.modules.termination import Termination
 
 
 class TransferClassifier(Recorded, Staged, Optimized, Evaluated):
@@ -134,9 +135,9 @@ class TransferClassifier(Recorded, Staged, Optimized, Evaluated):
             shard(self, self.staging, self.device_mesh)
 
     def configure_callbacks(self) -> list[Callback]:
-        """Guard what is frozen, in every run, and step a schedule that waits for a plateau."""
+        """Guard what is frozen, step a schedule that waits for a plateau, and end on all ranks together: in every run."""
         present = {type(callback) for callback in self.trainer.callbacks}  # type: ignore[attr-defined]  # Lightning's own list
-        return [callback() for callback in (FrozenGuard, StepOnPlateau) if callback not in present]
+        return [callback() for callback in (FrozenGuard, StepOnPlateau, Termination) if callback not in present]
 
     def on_train_start(self) -> None:
         """Begin anew, though a fit before may have been interrupted within an epoch."""

@@ -1,0 +1,44 @@
+"""End a run that is told to terminate, as by a cluster that needs the machine, on all ranks at the same step."""
+
+import signal
+import threading
+from types import FrameType
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+
+
+class Termination(Callback):
+    """Note SIGTERM, and end the run after the batch at hand, once any rank has been told.
+
+    Lightning's own handler speaks to the other ranks from within the signal, wherever these are at that moment: their
+    operations then meet each other's data, and one of them dies with an error instead of coming to its end (2.6.6,
+    ``_SignalConnector._sigterm_notifier_fn``). Here, the ranks agree between batches.
+    """
+
+    def __init__(self) -> None:
+        self._asked = False
+        self._before: Any = None
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take the signal over from Lightning, which gives it back to its first owner at the end."""
+        self._asked = False
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, self._note)
+
+    def _note(self, signum: int, frame: FrameType | None) -> None:
+        self._asked = True
+
+    def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
+        """End the run, if a rank was told to."""
+        self._end(trainer)
+
+    def on_validation_batch_end(self, trainer: Trainer, *args: Any) -> None:
+        """End the run, if a rank was told to."""
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+            self._end(trainer)
+
+    def _end(self, trainer: Trainer) -> None:
+        if trainer.strategy.reduce_boolean_decision(self._asked, all=False):
+            raise SIGTERMException
