@@ -7,7 +7,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-_HISTORY = 20
+_HISTORY = (10, 40)  # steps that are remembered: more take fewer steps, and more memory
+_HISTORY_NUMBERS = 2**25
 _HALVINGS = 30
 _CURVED = 1e-10  # curvature along a step, over the squared change of the gradient, below which it is rounding
 
@@ -59,7 +60,7 @@ def solve(
     Raises:
         ValueError: A feature is not finite, or C is not above 0.
     """
-    if not torch.isfinite(features).all():
+    if not torch.isfinite(features.sum()) and not torch.isfinite(features).all():  # the sum alone is far faster
         raise ValueError(
             "some features are not finite, so no logistic regression fits them; look at the weights and images"
         )
@@ -111,6 +112,7 @@ class _Problem:
         if num_classes == 2:
             self.sign = (2 * target - 1).to(features)[:, None]  # (N, 1)
             self.minus_share = -self.sign * self.share
+            self.negative = -self.share
         else:
             self.one_hot = torch.nn.functional.one_hot(target, num_classes).to(features)[:, None]  # (N, 1, K)
 
@@ -129,10 +131,8 @@ class _Problem:
         scores = torch.addmm(bias.flatten(), self.features, weight.flatten(0, 1).T)  # (N, B * outputs)
         if self.outputs == 1:
             margin = scores.mul_(self.sign)
-            small = margin.abs().neg_().exp_()
-            value = (self.share * (small.log1p() - margin.clamp_max(0))).sum(0)
-            wrong = torch.where(margin > 0, small, 1).div_(1 + small)  # probability of the other class
-            residual = wrong.mul_(self.minus_share)
+            value = (torch.nn.functional.logsigmoid(margin) * self.negative).sum(0)
+            residual = margin.neg_().sigmoid_().mul_(self.minus_share)  # by the probability of the other class
         else:
             scores = scores.view(len(scores), self.problems, self.outputs)
             log_sum = scores.logsumexp(2)
@@ -167,14 +167,15 @@ class _History:
 
     def __init__(self, point: Array) -> None:
         problems, size = point.shape
-        self.vectors = np.zeros((problems, 2 * _HISTORY + 1, size))  # steps, changes, gradient
-        self.inner = np.zeros((problems, 2 * _HISTORY + 1, 2 * _HISTORY + 1))  # products of each with each
+        self.length = min(max(_HISTORY_NUMBERS // (2 * point.size), _HISTORY[0]), _HISTORY[1])
+        self.vectors = np.zeros((problems, 2 * self.length + 1, size))  # steps, changes, gradient
+        self.inner = np.zeros((problems, 2 * self.length + 1, 2 * self.length + 1))  # products of each with each
         self.slots: list[int] = []  # oldest first
 
     def add(self, step: Array, change: Array) -> None:
-        slot = len(self.slots) if len(self.slots) < _HISTORY else self.slots.pop(0)
+        slot = len(self.slots) if len(self.slots) < self.length else self.slots.pop(0)
         self.slots.append(slot)
-        self._put([slot, _HISTORY + slot], np.stack([step, change], 1))
+        self._put([slot, self.length + slot], np.stack([step, change], 1))
 
     def _put(self, places: list[int], vectors: Array) -> None:
         self.vectors[:, places] = vectors
@@ -187,7 +188,7 @@ class _History:
         self._put([-1], gradient[:, None])
         inner = self.inner
         step = np.array(self.slots, dtype=np.intp)
-        change = step + _HISTORY
+        change = step + self.length
         mix = np.zeros(inner.shape[:2])  # of the vectors, in the direction
         mix[:, -1] = -1
         if len(step):
