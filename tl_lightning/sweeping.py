@@ -102,25 +102,6 @@ def _search(
     folds: int,
 ) -> Found:
     """Search on all ranks alike, since a head may speak to its likes on the others; what the first one finds counts."""
-    found = _search_here(trainer, model, data, candidates, boundaries, folds)
-    state = {name: tensor.cpu() for name, tensor in found.head.state_dict().items()}
-    told, state = trainer.strategy.broadcast((found._replace(candidates=(), head=nn.Identity()), state))
-    if trainer.is_global_zero:
-        return found
-    candidate = candidates[told.chosen]
-    head = candidate.head(data.features("train", candidate.boundary).shape[1], model.num_classes)
-    head.load_state_dict(state)
-    return told._replace(candidates=candidates, head=head)
-
-
-def _search_here(
-    trainer: Trainer,
-    model: TransferClassifier,
-    data: CachedFeaturesDataModule,
-    candidates: Sequence[Candidate],
-    boundaries: Sequence[str],
-    folds: int,
-) -> Found:
     train_samples, val_samples = (
         Samples(
             {boundary: data.features(split, boundary) for boundary in boundaries},
@@ -132,7 +113,7 @@ def _search_here(
     epochs = trainer.max_epochs or 0
     with Progress(*columns, disable=trainer.progress_bar_callback is None or not trainer.is_global_zero) as progress:
         bar = progress.add_task("", total=work(candidates, epochs=epochs, folds=folds))
-        return search(
+        found = search(
             candidates,
             train_samples,
             val_samples,
@@ -144,6 +125,14 @@ def _search_here(
             folds=folds,
             advance=lambda count: progress.advance(bar, count),
         )
+    state = {name: tensor.cpu() for name, tensor in found.head.state_dict().items()}
+    told, state = trainer.strategy.broadcast((found._replace(candidates=(), head=nn.Identity()), state))
+    if trainer.is_global_zero:
+        return found
+    candidate = candidates[told.chosen]
+    head = candidate.head(train_samples.features[candidate.boundary].shape[1], model.num_classes)
+    head.load_state_dict(state)
+    return told._replace(candidates=candidates, head=head)
 
 
 def _rows(found: Found) -> list[dict[str, str]]:

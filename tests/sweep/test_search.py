@@ -1,5 +1,6 @@
 """What is chosen is chosen honestly."""
 
+from collections.abc import Sequence
 from functools import partial
 
 import pytest
@@ -16,10 +17,12 @@ from tl_lightning.sweep.training import Rates
 GRID = [Candidate(LinearHead, Rates(lr, decay)) for lr in (1e-4, 1e-3, 1e-2, 1e-1) for decay in (0.0, 0.1, 1.0)]
 
 
-def run(train: Samples, val: Samples, classes: int, seed: int = 0, **options: object) -> Found:
+def run(
+    train: Samples, val: Samples, classes: int, seed: int = 0, candidates: Sequence[Candidate] = GRID, **options: object
+) -> Found:
     defaults: dict[str, object] = {"epochs": 3, "batch_size": 32}
     loss = nn.functional.cross_entropy
-    return search(GRID, train, val, num_classes=classes, loss=loss, seed=seed, **(defaults | options))  # type: ignore[arg-type]
+    return search(candidates, train, val, num_classes=classes, loss=loss, seed=seed, **(defaults | options))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("folds", [0, 5])
@@ -44,16 +47,7 @@ def test_simpler_means_smaller_then_more_decay_then_slower() -> None:
         Candidate(LinearHead, Rates(3e-3, 1.0)),
     ]
     half = Samples({HEAD: features[:200]}, target[:200])
-    found = search(
-        candidates,
-        half,
-        Samples({HEAD: features[200:]}, target[200:]),
-        num_classes=2,
-        loss=nn.functional.cross_entropy,
-        epochs=20,
-        batch_size=32,
-        seed=0,
-    )
+    found = run(half, Samples({HEAD: features[200:]}, target[200:]), 2, candidates=candidates, epochs=20)
     assert (found.accuracy == 1).all()
     assert found.chosen == 3
 
@@ -62,18 +56,19 @@ def test_what_diverges_is_not_chosen() -> None:
     features, target = samples(2, count=300)
     target = torch.where(torch.arange(300) < 240, 0, target)  # most are of the class that a head without sense names
     half = Samples({HEAD: features[:200]}, target[:200])
-    found = search(
-        [Candidate(LinearHead, Rates(1e-3, 0.0)), Candidate(LinearHead, Rates(1e30, 1e30))],
-        half,
-        Samples({HEAD: features[200:]}, target[200:]),
-        num_classes=2,
-        loss=nn.functional.cross_entropy,
-        epochs=2,
-        batch_size=32,
-        seed=0,
-    )
+    candidates = [Candidate(LinearHead, Rates(1e-3, 0.0)), Candidate(LinearHead, Rates(1e30, 1e30))]
+    found = run(half, Samples({HEAD: features[200:]}, target[200:]), 2, candidates=candidates)
     assert found.chosen == 0
     assert found.accuracy[1] == 0
+
+
+def test_a_head_is_the_same_whatever_else_is_tried() -> None:
+    features, target = samples(2, count=300)
+    half, rest = Samples({HEAD: features[:200]}, target[:200]), Samples({HEAD: features[200:]}, target[200:])
+    dropping = [Candidate(partial(MLPHead, hidden=(8,), dropout=0.5), Rates(lr, 0.0)) for lr in (1e-2, 3e-3)]
+    among = run(half, rest, 2, candidates=dropping)
+    alone = run(half, rest, 2, candidates=dropping[1:])
+    assert among.loss[1] == alone.loss[0]
 
 
 TRIALS = 200
@@ -101,13 +96,4 @@ def test_shuffled_labels_are_chance() -> None:
 def test_nothing_to_compare() -> None:
     features, target = samples(2)
     with pytest.raises(ValueError, match="nothing to compare"):
-        search(
-            [],
-            Samples({HEAD: features}, target),
-            Samples({HEAD: features}, target),
-            num_classes=2,
-            loss=nn.functional.cross_entropy,
-            epochs=1,
-            batch_size=8,
-            seed=0,
-        )
+        run(Samples({HEAD: features}, target), Samples({HEAD: features}, target), 2, candidates=[])

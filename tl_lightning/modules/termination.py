@@ -19,7 +19,6 @@ class Termination(Callback):
 
     def __init__(self) -> None:
         self._asked = False
-        self._before: Any = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take the signal over from Lightning, which gives it back to its first owner at the end."""

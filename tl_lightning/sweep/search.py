@@ -56,7 +56,7 @@ class Samples(NamedTuple):
         """Return some of them, by whether each is wanted (N,)."""
         return Samples({boundary: rows[wanted] for boundary, rows in self.features.items()}, self.target[wanted])
 
-    def and_(self, others: "Samples") -> "Samples":
+    def followed_by(self, others: "Samples") -> "Samples":
         """Return these, and others after them."""
         both = {boundary: torch.cat([rows, others.features[boundary]]) for boundary, rows in self.features.items()}
         return Samples(both, torch.cat([self.target, others.target]))
@@ -125,7 +125,7 @@ def search(
         )
 
     if folds:
-        both = train_samples.and_(val_samples)
+        both = train_samples.followed_by(val_samples)
         _check_folds(both.target, folds, num_classes)
         fold = stratified_folds(both.target, folds, derive_seed(seed, "folds"))
         right = torch.zeros(len(candidates), len(both.target), dtype=torch.bool)
@@ -178,9 +178,8 @@ def _train(
             heads.append(candidate.head(features.shape[1], num_classes).to(features.device))
     for boundary in dict.fromkeys(candidate.boundary for candidate in candidates):
         here = [n for n, candidate in enumerate(candidates) if candidate.boundary == boundary]
-        training = Training(samples.features[boundary], samples.target, batches, epochs, loss)
-        with seeded(seed, "training"):
-            train([heads[n] for n in here], [candidates[n].rates for n in here], training, advance)
+        training = Training(samples.features[boundary], samples.target, batches, epochs, loss, seed)
+        train([heads[n] for n in here], [candidates[n].rates for n in here], training, advance)
     return heads
 
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW
 
 from tl_lightning import optim
+from tl_lightning.chance import seeded
 from tl_lightning.features.together import from_first
 from tl_lightning.heads import LinearHead, Standardize
 
@@ -46,6 +47,8 @@ class Training(NamedTuple):
     """From an epoch to the places of each batch's samples."""
     epochs: int
     loss: Loss
+    seed: int = 0
+    """Of what heads draw, as dropout: each head draws the same, whatever else is trained."""
 
     def steps(self, heads: int = 1, advance: Advance = ignore) -> Iterator[tuple[Tensor, Tensor]]:
         """Iterate over all batches of all epochs, each of so many heads."""
@@ -86,12 +89,13 @@ def train_alone(head: nn.Module, rates: Rates, training: Training, advance: Adva
     optimizer = AdamW(groups, weight_decay=rates.weight_decay)
     schedule = optim.warmup_cosine(optimizer, training.total_steps())
     head.train()
-    for features, target in training.steps(1, advance):
-        loss = training.loss(head(features), target)
-        optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]  # torch gives it no types
-        optimizer.step()
-        schedule.step()
+    with seeded(training.seed, "training"):
+        for features, target in training.steps(1, advance):
+            loss = training.loss(head(features), target)
+            optimizer.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]  # torch gives it no types
+            optimizer.step()
+            schedule.step()
     head.eval()
 
 

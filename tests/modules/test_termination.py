@@ -1,0 +1,45 @@
+"""A run that is told to terminate ends on all ranks after the same batch, whichever of them is told."""
+
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+
+from tests.ranks import run_on_ranks
+from tests.staged import classifier, images, trainer
+
+
+class Tell(pl.Callback):
+    """Send the signal to one process in the middle of its second batch."""
+
+    def __init__(self, told: int) -> None:
+        self.told = told
+
+    def on_before_optimizer_step(self, trainer: pl.Trainer, *args: Any) -> None:
+        if trainer.global_step == 1 and trainer.global_rank == self.told:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def terminated(world: int, photos: str, folder: str) -> list[int]:
+    ends = []
+    for told in range(world):
+        run = trainer(folder, Tell(told), devices=world, strategy="ddp" if world > 1 else "auto")
+        before = signal.getsignal(signal.SIGTERM)
+        with pytest.raises(SIGTERMException):
+            run.fit(classifier(), images(photos, batch_size=4 // world))
+        assert signal.getsignal(signal.SIGTERM) is before
+        ends.append(run.global_step)
+    return ends
+
+
+def test_one_process(photos: Path, tmp_path: Path) -> None:
+    assert terminated(1, str(photos), str(tmp_path)) == [2]
+
+
+def test_two_ranks(photos: Path, tmp_path: Path) -> None:
+    found = run_on_ranks(__name__, "terminated", tmp_path / "out", photos=str(photos), folder=str(tmp_path))
+    assert found == [[2, 2], [2, 2]]
