@@ -76,12 +76,12 @@ def sweep(
     boundaries = list(dict.fromkeys(candidate.boundary for candidate in candidates))
     compute(trainer, model, data, boundaries)
     found = _search(trainer, model, data, candidates, boundaries, folds)
+    _print(found, folds)
     classifier = classifier_of(model, candidates[found.chosen], found.head, other_head=other_head)
     trainer.validate(classifier, datamodule=data, verbose=False)  # the score of what is saved, by the usual way
     folder = Path(str(trainer.log_dir or trainer.default_root_dir))
     checkpoint = folder / "checkpoints" / "best.ckpt"
     trainer.save_checkpoint(checkpoint, weights_only=False)  # with what says which images were for training
-    _print(found, folds)
     if trainer.is_global_zero:
         _write(found, folder / "sweep.csv")
     tested = None
@@ -165,7 +165,7 @@ def _print(found: Found, folds: int) -> None:
     low, high = found.interval.low, found.interval.high
     shown["chosen"] = f"{found.interval.estimate:.4f} ({low:.4f} to {high:.4f} at 95 %) without what choosing added"
     by = f"by {folds}-fold cross-validation" if folds else "on validation images"
-    print_table(f"compared, by accuracy {by}", shown)
+    print_table(f"compared: accuracy {by}", shown)
 
 
 def _write(found: Found, path: Path) -> None:
