@@ -1,6 +1,7 @@
 """Comparing heads on the command line: what is chosen is saved, tested once, and can be trained again by a fit."""
 
 import csv
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import yaml
 from tests.doubles import TinyBackbone
 from tests.ranks import run_on_ranks
 from tests.test_extracting import cached, said
+from tl_lightning.backbones import TruncatedBackbone
 from tl_lightning.cli import TransferCLI, main
 from tl_lightning.heads import LinearHead
 from tl_lightning.modules import CustomHeadClassifier, LinearProbe, TransferClassifier
@@ -84,6 +86,36 @@ def test_heads_of_all_kinds_and_folds(photos: Path, tmp_path: Path, capsys: pyte
     assert "3-fold" in said(capsys)
 
 
+def test_networks_that_end_early_are_compared(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["sweep", *cached(photos, tmp_path, *RATES, VAL, "--boundaries=[layer1, layer3, head]")])
+    run = tmp_path / "runs" / "version_0"
+    rows = table(run)
+    assert Counter(row["boundary"] for row in rows) == {"layer1": 6, "layer3": 6, "head": 6}
+    (chosen,) = [row for row in rows if row["chosen"]]
+    assert "boundary" in said(capsys)
+    winner = TransferClassifier.load_from_checkpoint(run / "checkpoints" / "best.ckpt")
+    assert chosen["boundary"] != "head"  # colours are told apart by the first stages, and less is simpler
+    assert isinstance(winner.backbone, TruncatedBackbone)
+    assert winner.backbone.before == chosen["boundary"]
+    scored = [f"--ckpt_path={run / 'checkpoints' / 'best.ckpt'}", f"--data.root={photos}", "--data.val_fraction=0.3"]
+    main(["validate", *scored, "--data.num_workers=0", "--trainer.accelerator=cpu"])
+    assert f"validation accuracy {float(chosen['accuracy']):.4f}" in said(capsys)
+
+    main(["fit", f"--config={run / 'winner.yaml'}"])
+    again = LinearProbe.load_from_checkpoint(tmp_path / "runs" / "version_1" / "checkpoints" / "last.ckpt")
+    assert again.head.load_state_dict(winner.head.state_dict())
+    for name, weight in winner.backbone.state_dict().items():
+        assert torch.equal(again.backbone.state_dict()[name], weight)
+
+
+def test_maps_of_networks_that_end_early(photos: Path, tmp_path: Path) -> None:
+    head = "--heads=[{class_path: ConvHead, init_args: {channels: 4}}]"
+    rates = ["--lr=[1e-2]", "--weight_decay=[0.0]", "--trainer.max_epochs=4"]
+    main(["sweep", *cached(photos, tmp_path, *rates, VAL, head, "--boundaries=[layer2]")])
+    winner = TransferClassifier.load_from_checkpoint(tmp_path / "runs" / "version_0" / "checkpoints" / "best.ckpt")
+    assert winner(torch.zeros(1, 3, 16, 16)).shape == (1, winner.num_classes)
+
+
 @pytest.mark.parametrize("head", [0, 1, 2])
 def test_each_head_can_be_the_winner(head: int, photos: Path, tmp_path: Path) -> None:
     one = yaml.safe_load(HEADS)[head]
@@ -108,6 +140,8 @@ def test_each_head_can_be_the_winner(head: int, photos: Path, tmp_path: Path) ->
         (["--trainer.max_epochs=0"], "at least 1"),
         (["--trainer.fast_dev_run=true", "--trainer.logger=false"], "no fast_dev_run"),
         (["--folds=1"], "folds is 1"),
+        (["--boundaries=[layer7]"], "unknown stage 'layer7'; did you mean"),
+        (["--boundaries=[]"], "nothing to compare"),
         (["--folds=50"], "give 2 to"),
     ],
 )

@@ -136,6 +136,18 @@ def rebuild(described: Any) -> Any:
     return functools.partial(cls, *args, **kwargs) if described[_KIND] == "partial" else cls(*args, **kwargs)
 
 
+def without_weights(described: Any) -> Any:
+    """Return what :func:`describe` described, made without loading weights, at any depth."""
+    if isinstance(described, list):
+        return [without_weights(item) for item in described]
+    if not isinstance(described, dict):
+        return described
+    found = {key: without_weights(item) for key, item in described.items()}
+    if "weights" in found.get("init_args", {}):
+        found["init_args"]["weights"] = None
+    return found
+
+
 def known_class(path: str) -> type[nn.Module]:
     """Find the class that a checkpoint names, if a checkpoint may name it.
 

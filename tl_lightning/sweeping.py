@@ -8,18 +8,20 @@ from typing import NamedTuple
 import torch
 from lightning.pytorch import Trainer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from torch import nn
+from torch import Tensor, nn
 
 from tl_lightning.callbacks.table import print_table
 from tl_lightning.chance import run_seed
 from tl_lightning.data import CachedFeaturesDataModule
 from tl_lightning.evaluation import Interval, share
 from tl_lightning.extracting import compute
+from tl_lightning.freezing import HEAD
 from tl_lightning.modules import TransferClassifier
 from tl_lightning.sweep.candidates import classifier_of
-from tl_lightning.sweep.search import Candidate, Found, Samples, search, work
+from tl_lightning.sweep.search import Candidate, Found, Samples, Source, search, work
 
 _SHOWN = 10
+_SPLITS = ("train", "val")
 
 
 class Swept(NamedTuple):
@@ -40,7 +42,10 @@ class Swept(NamedTuple):
     def describe(self) -> dict[str, str]:
         """Describe what was chosen, a few words a row."""
         rates = self.candidate.rates
-        rows = {"head": self.candidate.name, "lr": f"{rates.lr:g}", "weight decay": f"{rates.weight_decay:g}"}
+        rows = {"head": self.candidate.name}
+        if self.candidate.before != HEAD:
+            rows["network"] = f"ends before {self.candidate.before}"
+        rows |= {"lr": f"{rates.lr:g}", "weight decay": f"{rates.weight_decay:g}"}
         if self.test_accuracy is not None:
             _, low, high = self.test_accuracy
             rows["test accuracy"] = f"{self.test_accuracy.estimate:.4f} ({low:.4f} to {high:.4f} at 95 %)"
@@ -73,11 +78,11 @@ def sweep(
         raise ValueError(f"data.views is {data.views}; sweep trains on the images as they are: leave views out")
     if (trainer.max_epochs or 0) < 1 or trainer.fast_dev_run:  # type: ignore[attr-defined]  # Lightning sets it
         raise ValueError("sweep trains each head for max_epochs, a number of at least 1, and knows no fast_dev_run")
-    boundaries = list(dict.fromkeys(candidate.boundary for candidate in candidates))
-    compute(trainer, model, data, boundaries)
-    found = _search(trainer, model, data, candidates, boundaries, folds)
+    splits = _read(trainer, model, data, candidates, other_head=other_head)
+    found = _search(trainer, model, data, candidates, splits, folds)
     _print(found, folds)
-    classifier = classifier_of(model, candidates[found.chosen], found.head, other_head=other_head)
+    classifier = classifier_of(model, candidates[found.chosen], other_head=other_head)
+    classifier.head.load_state_dict(found.head.state_dict())
     trainer.validate(classifier, datamodule=data, verbose=False)  # the score of what is saved, by the usual way
     folder = Path(str(trainer.log_dir or trainer.default_root_dir))
     checkpoint = folder / "checkpoints" / "best.ckpt"
@@ -93,22 +98,39 @@ def sweep(
     return Swept(found, classifier, checkpoint, tested)
 
 
+def _read(
+    trainer: Trainer,
+    model: TransferClassifier,
+    data: CachedFeaturesDataModule,
+    candidates: Sequence[Candidate],
+    *,
+    other_head: bool,
+) -> list[Samples]:
+    """Compute what the candidates take, on all ranks, and return it of the training and of the validation images."""
+    features: list[dict[Source, Tensor]] = [{}, {}]
+    for before in dict.fromkeys(candidate.before for candidate in candidates):
+        here = [candidate for candidate in candidates if candidate.before == before]
+        sources = list(dict.fromkeys(candidate.takes for candidate in here))
+        compute(
+            trainer, classifier_of(model, here[0], other_head=other_head), data, [boundary for _, boundary in sources]
+        )
+        for found, split in zip(features, _SPLITS, strict=True):
+            found |= {source: data.features(split, source[1]) for source in sources}
+    device = trainer.strategy.root_device
+    targets = (torch.tensor(data.splits[split].targets, device=device) for split in _SPLITS)
+    return [Samples(found, target) for found, target in zip(features, targets, strict=True)]
+
+
 def _search(
     trainer: Trainer,
     model: TransferClassifier,
     data: CachedFeaturesDataModule,
     candidates: Sequence[Candidate],
-    boundaries: Sequence[str],
+    splits: Sequence[Samples],
     folds: int,
 ) -> Found:
     """Search on all ranks alike, since a head may speak to its likes on the others; what the first one finds counts."""
-    train_samples, val_samples = (
-        Samples(
-            {boundary: data.features(split, boundary) for boundary in boundaries},
-            torch.tensor(data.splits[split].targets, device=trainer.strategy.root_device),
-        )
-        for split in ("train", "val")
-    )
+    train_samples, val_samples = splits
     columns = (TextColumn("heads"), BarColumn(), MofNCompleteColumn(), TextColumn("epochs"), TimeRemainingColumn())
     epochs = trainer.max_epochs or 0
     with Progress(*columns, disable=trainer.progress_bar_callback is None or not trainer.is_global_zero) as progress:
@@ -130,7 +152,7 @@ def _search(
     if trainer.is_global_zero:
         return found
     candidate = candidates[told.chosen]
-    head = candidate.head(train_samples.features[candidate.boundary].shape[1], model.num_classes)
+    head = candidate.head(train_samples.features[candidate.takes].shape[1], model.num_classes)
     head.load_state_dict(state)
     return told._replace(candidates=candidates, head=head)
 
@@ -141,6 +163,7 @@ def _rows(found: Found) -> list[dict[str, str]]:
     return [
         {
             "head": found.candidates[n].name,
+            "boundary": found.candidates[n].before,
             "lr": f"{found.candidates[n].rates.lr:g}",
             "weight_decay": f"{found.candidates[n].rates.weight_decay:g}",
             "accuracy": f"{float(found.accuracy[n]):.4f}",
@@ -153,10 +176,13 @@ def _rows(found: Found) -> list[dict[str, str]]:
 
 def _print(found: Found, folds: int) -> None:
     rows = _rows(found)
-    several = len({row["head"] for row in rows}) > 1
+    words = {"head": "{}", "boundary": "boundary {}", "lr": "lr {}", "weight_decay": "decay {}"}
+    constant = {key for key in ("head", "boundary") if len({row[key] for row in rows}) == 1}
     shown = {
-        f"{row['head'] + ', ' if several else ''}lr {row['lr']}, decay {row['weight_decay']}": f"{row['accuracy']}, loss {row['loss']}"
-        + (", chosen: the simplest within one standard error" if row["chosen"] else "")
+        ", ".join(text.format(row[key]) for key, text in words.items() if key not in constant): (
+            f"{row['accuracy']}, loss {row['loss']}"
+            + (", chosen: the simplest within one standard error" if row["chosen"] else "")
+        )
         for number, row in enumerate(rows)
         if number < _SHOWN or row["chosen"]
     }

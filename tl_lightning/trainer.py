@@ -41,12 +41,13 @@ class TransferTrainer(Trainer):
         lr: Sequence[float] = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2),
         weight_decay: Sequence[float] = (0.0, 0.1, 1.0, 10.0),
         heads: Sequence[HeadCallable] | None = None,
+        boundaries: Sequence[str] | None = None,
         folds: int = 0,
     ) -> None:
         """Train heads at all rates and weight decays on cached features, and choose one by the one-standard-error rule.
 
         Chosen is, on images that they were not trained on, the simplest of those within a standard error of the best: with
-        the fewest parameters, then the most weight decay, then the lowest rate. It is written as a checkpoint, and tested once.
+        the fewest parameters, the network's included, then the most weight decay, then the lowest rate. It is written as a checkpoint, and tested once.
 
         Args:
             model: A LinearProbe, whose head is varied, or a CustomHeadClassifier; the loss is its own.
@@ -54,6 +55,8 @@ class TransferTrainer(Trainer):
             lr: Learning rates of the head.
             weight_decay: Weight decays, of AdamW.
             heads: Classes of heads; None takes that of the model.
+            boundaries: Stages before which the network ends, to find out how much of it is of use: heads are put there, on the
+                mean over places. ``head`` is the end of the network, which None takes alone.
             folds: Compare by cross-validation over training and validation images, in so many folds; 0 compares on the
                 validation images.
 
@@ -62,7 +65,7 @@ class TransferTrainer(Trainer):
             ValueError: The model trains more than a head, or there is nothing to choose among, or nothing to choose by.
         """
         data = cached(datamodule, "sweep compares heads on what CachedFeaturesDataModule serves")
-        candidates = candidates_of(model, lr, weight_decay, heads)
+        candidates = candidates_of(model, lr, weight_decay, heads, boundaries)
         self.swept = sweep(self, model, data, candidates, folds=folds, other_head=heads is not None)
 
     def write_winner(self, configuration: dict[str, Any]) -> None:

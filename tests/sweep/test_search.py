@@ -9,9 +9,8 @@ from torch import nn
 
 from tests.heads.test_logistic import samples
 from tl_lightning.evaluation import share
-from tl_lightning.freezing import HEAD
 from tl_lightning.heads import LinearHead, MLPHead
-from tl_lightning.sweep.search import Candidate, Found, Samples, search
+from tl_lightning.sweep.search import WHOLE, Candidate, Found, Samples, search
 from tl_lightning.sweep.training import Rates
 
 GRID = [Candidate(LinearHead, Rates(lr, decay)) for lr in (1e-4, 1e-3, 1e-2, 1e-1) for decay in (0.0, 0.1, 1.0)]
@@ -29,7 +28,7 @@ def run(
 def test_what_learns_is_chosen(folds: int) -> None:
     features, target = samples(3, count=600)
     found = run(
-        Samples({HEAD: features[:400]}, target[:400]), Samples({HEAD: features[400:]}, target[400:]), 3, folds=folds
+        Samples({WHOLE: features[:400]}, target[:400]), Samples({WHOLE: features[400:]}, target[400:]), 3, folds=folds
     )
     best = found.accuracy.max()
     assert best - found.accuracy[found.chosen] < 0.04
@@ -46,8 +45,8 @@ def test_simpler_means_smaller_then_more_decay_then_slower() -> None:
         Candidate(LinearHead, Rates(1e-2, 1.0)),
         Candidate(LinearHead, Rates(3e-3, 1.0)),
     ]
-    half = Samples({HEAD: features[:200]}, target[:200])
-    found = run(half, Samples({HEAD: features[200:]}, target[200:]), 2, candidates=candidates, epochs=20)
+    half = Samples({WHOLE: features[:200]}, target[:200])
+    found = run(half, Samples({WHOLE: features[200:]}, target[200:]), 2, candidates=candidates, epochs=20)
     assert (found.accuracy == 1).all()
     assert found.chosen == 3
 
@@ -55,16 +54,16 @@ def test_simpler_means_smaller_then_more_decay_then_slower() -> None:
 def test_what_diverges_is_not_chosen() -> None:
     features, target = samples(2, count=300)
     target = torch.where(torch.arange(300) < 240, 0, target)  # most are of the class that a head without sense names
-    half = Samples({HEAD: features[:200]}, target[:200])
+    half = Samples({WHOLE: features[:200]}, target[:200])
     candidates = [Candidate(LinearHead, Rates(1e-3, 0.0)), Candidate(LinearHead, Rates(1e30, 1e30))]
-    found = run(half, Samples({HEAD: features[200:]}, target[200:]), 2, candidates=candidates)
+    found = run(half, Samples({WHOLE: features[200:]}, target[200:]), 2, candidates=candidates)
     assert found.chosen == 0
     assert found.accuracy[1] == 0
 
 
 def test_a_head_is_the_same_whatever_else_is_tried() -> None:
     features, target = samples(2, count=300)
-    half, rest = Samples({HEAD: features[:200]}, target[:200]), Samples({HEAD: features[200:]}, target[200:])
+    half, rest = Samples({WHOLE: features[:200]}, target[:200]), Samples({WHOLE: features[200:]}, target[200:])
     dropping = [Candidate(partial(MLPHead, hidden=(8,), dropout=0.5), Rates(lr, 0.0)) for lr in (1e-2, 3e-3)]
     among = run(half, rest, 2, candidates=dropping)
     alone = run(half, rest, 2, candidates=dropping[1:])
@@ -82,7 +81,10 @@ def test_shuffled_labels_are_chance() -> None:
         generator = torch.Generator().manual_seed(trial)
         features = torch.randn(360, 8, generator=generator)
         target = torch.randint(0, 2, (360,), generator=generator)
-        train, val = Samples({HEAD: features[:100]}, target[:100]), Samples({HEAD: features[100:200]}, target[100:200])
+        train, val = (
+            Samples({WHOLE: features[:100]}, target[:100]),
+            Samples({WHOLE: features[100:200]}, target[100:200]),
+        )
         found = run(train, val, 2, seed=trial, epochs=1)
         covered += found.interval.low <= 0.5 <= found.interval.high
         # The winner, on images that nothing was chosen by.
@@ -96,4 +98,4 @@ def test_shuffled_labels_are_chance() -> None:
 def test_nothing_to_compare() -> None:
     features, target = samples(2)
     with pytest.raises(ValueError, match="nothing to compare"):
-        run(Samples({HEAD: features}, target), Samples({HEAD: features}, target), 2, candidates=[])
+        run(Samples({WHOLE: features}, target), Samples({WHOLE: features}, target), 2, candidates=[])

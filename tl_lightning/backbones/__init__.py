@@ -6,6 +6,7 @@ from tl_lightning.backbones.segment import Segment, called_by, stages_of
 from tl_lightning.backbones.timm import TimmBackbone
 from tl_lightning.backbones.torchvision import TorchvisionBackbone
 from tl_lightning.backbones.traced import TracedBackbone
+from tl_lightning.backbones.truncated import TruncatedBackbone
 
 __all__ = [
     "AuxiliaryHead",
@@ -15,6 +16,7 @@ __all__ = [
     "TimmBackbone",
     "TorchvisionBackbone",
     "TracedBackbone",
+    "TruncatedBackbone",
     "called_by",
     "stages_of",
 ]

@@ -10,6 +10,9 @@ from tl_lightning.backbones.tracing import Trace, depends_on_input
 Cut = tuple[int, int]
 """Position of a cut in the trace of eval mode and in that of train mode; -1 for the input."""
 
+Then = Callable[[Tensor], Tensor]
+"""Something without parameters that is done to what a part made, the same in both modes."""
+
 
 @dataclass(frozen=True)
 class _Piece:
@@ -37,13 +40,19 @@ class Segment(nn.Module):
         traces: The network's trace in eval mode and in train mode.
         cuts: Where the first stage begins, where each further one begins, and where the last one ends.
         names: Names of the stages, one fewer than cuts.
+        then: What is done to the output of the last stage; None leaves it as it is.
 
     Shape:
         Input: what comes out at the first cut. Output: what comes out at the last; both have the batch first.
     """
 
     def __init__(
-        self, model: nn.Module, traces: tuple[Trace, Trace], cuts: Sequence[Cut], names: Sequence[str]
+        self,
+        model: nn.Module,
+        traces: tuple[Trace, Trace],
+        cuts: Sequence[Cut],
+        names: Sequence[str],
+        then: Then | None = None,
     ) -> None:
         super().__init__()
         self._pieces: list[_Piece] = []
@@ -55,6 +64,8 @@ class Segment(nn.Module):
             called = {str(node.target): None for node in nodes if node.op == "call_module"}
             code = (_compile(graphs[0]), _compile(graphs[1]))
             self._pieces.append(_Piece(name, model, code, tuple(model.get_submodule(target) for target in called)))
+        if then is not None:
+            self._pieces.append(_Piece("then", model, (lambda _, output: then(output),) * 2, ()))
 
     def _list(self, model: nn.Module, target: str) -> None:
         here: nn.Module = self

@@ -1,6 +1,5 @@
 """A backbone made of any network that turns images into vectors."""
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any, TypeGuard
 
@@ -8,7 +7,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from tl_lightning.backbones.base import Backbone
-from tl_lightning.backbones.segment import Cut, Segment
+from tl_lightning.backbones.layout import to_map
+from tl_lightning.backbones.segment import Cut, Segment, Then
 from tl_lightning.backbones.tracing import FIRST_STAGE, Trace, find_stages, trace
 from tl_lightning.messages import unknown
 from tl_lightning.transforms import Preprocessing
@@ -45,9 +45,11 @@ class TracedBackbone(Backbone):
         self.name = name
         self.preprocessing = preprocessing
         self.uncut_reason: str | None = None
+        self.entering: dict[str, torch.Size] = {}
+        """Shape of what enters each stage but the first, without the batch, for images of the usual size."""
         self._leaf_functions = tuple(leaf_functions)
         self._opened: frozenset[str] = frozenset()
-        self._segments: dict[tuple[Cut, Cut], Segment] = {}
+        self._segments: dict[tuple[Cut, Cut, Then | None], Segment] = {}
         self._both_traces: tuple[Trace, Trace] | None = None
 
         was_training = model.training
@@ -68,6 +70,7 @@ class TracedBackbone(Backbone):
                 stage: cut for stage, cut in found.starts.items() if cut < 0 or _is_batch(outputs[found.nodes[cut]])
             }
             self.stages = tuple(starts)
+            self.entering = {stage: outputs[found.nodes[cut]].shape[1:] for stage, cut in starts.items() if cut >= 0}
             maps = [cut for cut in found.cuts if _is_map(outputs[found.nodes[cut]])]
             self._map_end = maps[-1] if maps else None
             if len(self.stages) == 1:
@@ -95,7 +98,7 @@ class TracedBackbone(Backbone):
             raise ValueError(f"{self.name} has no spatial map before its pooling" + self._why_uncut())
         traces = self._traces()
         found = self._segment(_INPUT, (self._map_end, _same_cut(traces, self._map_end)))(images)
-        return _to_map(found, images)  # (N, C, h, w)
+        return to_map(found, images)  # (N, C, h, w)
 
     def split(self, stage: str) -> tuple[nn.Module, nn.Module]:
         """Cut the backbone in two before a stage.
@@ -103,16 +106,34 @@ class TracedBackbone(Backbone):
         Raises:
             ValueError: There is no such stage, or the network cannot be cut there.
         """
+        begin = self._cut(stage)
+        if len(self.stages) == 1:
+            return nn.Identity(), self
+        end = len(self._traces()[0].nodes) - 1, len(self._traces()[1].nodes) - 1
+        return nn.Identity() if begin == _INPUT else self._segment(_INPUT, begin), self._segment(begin, end)
+
+    def between(self, first: str, before: str, then: Then) -> Segment:
+        """Return the part from a stage on that ends before a later one.
+
+        Args:
+            first: The stage.
+            before: The later one.
+            then: What is done at the end.
+
+        Raises:
+            ValueError: There is no such stage, or the network cannot be cut there.
+        """
+        return self._segment(self._cut(first), self._cut(before), then)
+
+    def _cut(self, stage: str) -> Cut:
         if stage not in self.stages:
             raise ValueError(unknown("stage", stage, self.stages, of=self.name) + self._why_uncut())
         if len(self.stages) == 1:
-            return nn.Identity(), self
+            return _INPUT
         evaluated, trained = self._traces()
         if stage not in trained.starts:
             raise ValueError(f"{self.name} cannot be cut at {stage!r} in train mode; cut it at another stage")
-        cut = (evaluated.starts[stage], trained.starts[stage])
-        suffix = self._segment(cut, (len(evaluated.nodes) - 1, len(trained.nodes) - 1))
-        return nn.Identity() if cut == _INPUT else self._segment(_INPUT, cut), suffix
+        return evaluated.starts[stage], trained.starts[stage]
 
     def _why_uncut(self) -> str:
         return f". {self.name} works only as a whole: {self.uncut_reason}" if self.uncut_reason else ""
@@ -132,15 +153,15 @@ class TracedBackbone(Backbone):
             self._both_traces = traces[0], traces[1]
         return self._both_traces
 
-    def _segment(self, begin: Cut, end: Cut) -> Segment:
-        if (begin, end) not in self._segments:
+    def _segment(self, begin: Cut, end: Cut, then: Then | None = None) -> Segment:
+        if (begin, end, then) not in self._segments:
             evaluated, trained = self._traces()
             starts = {n: (cut, trained.starts[n]) for n, cut in evaluated.starts.items() if n in trained.starts}
             inside = {name: cut for name, cut in starts.items() if begin[0] <= cut[0] < end[0]}
-            self._segments[begin, end] = Segment(
-                self.model, (evaluated, trained), [*inside.values(), end], list(inside)
+            self._segments[begin, end, then] = Segment(
+                self.model, (evaluated, trained), [*inside.values(), end], list(inside), then
             )
-        return self._segments[begin, end]
+        return self._segments[begin, end, then]
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what a copy needs."""
@@ -175,25 +196,3 @@ def _is_map(output: Any) -> bool:
     if output.ndim == 4:
         return output.shape.numel() > output.shape[0] * max(output.shape[1:])  # not pooled to 1 x 1
     return output.ndim == 3 and output.shape[1] > 1
-
-
-def _to_map(output: Tensor, images: Tensor) -> Tensor:
-    """Bring what a network has before its pooling to (N, C, h, w).
-
-    Args:
-        output: (N, C, h, w), (N, h, w, C), or tokens (N, T, C) of which the last h * w are patches, row by row.
-        images: (N, 3, H, W), whose aspect ratio the patches share.
-    """
-    height, width = images.shape[-2:]
-    if output.ndim == 4:
-        channels_first = _ratio_gap(output.shape[2:], height / width) <= _ratio_gap(output.shape[1:3], height / width)
-        return output if channels_first else output.permute(0, 3, 1, 2)
-    tokens = output.shape[1]
-    rows = math.isqrt(int(tokens * height / width))
-    columns = round(rows * width / height)
-    patches = output[:, tokens - rows * columns :]
-    return torch.unflatten(patches.transpose(1, 2), 2, (rows, columns))
-
-
-def _ratio_gap(shape: Sequence[int], ratio: float) -> float:
-    return abs(math.log(shape[0] / shape[1] / ratio))

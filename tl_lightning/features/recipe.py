@@ -87,7 +87,7 @@ def recipe_of(
     tensors = dict(prefix.named_parameters()) | dict(prefix.named_buffers())
     # Which file the weights came from says nothing beyond the weights.
     arguments = {name: value for name, value in backbone.init_args[1].items() if name != "weights"}
-    described = makeup.describe([list(backbone.init_args[0]), arguments])
+    described = makeup.without_weights(makeup.describe([list(backbone.init_args[0]), arguments]))
     return Recipe(
         backbone=f"{type(backbone).__name__}({json.dumps(described, sort_keys=True)})",
         weights=fingerprint(dict(sorted(tensors.items()))),

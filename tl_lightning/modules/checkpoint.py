@@ -146,10 +146,8 @@ def load(cls: type[_C], path: str | Path, map_location: str | torch.device | Non
 
 def _rebuild(saved: Any, made_of: dict[str, Any]) -> Any:
     """Make the classifier that a checkpoint describes, without its weights."""
-    described, backbone = made_of["model"], made_of["model"]["backbone"]
-    if "weights" in backbone["init_args"]:
-        backbone = backbone | {"init_args": backbone["init_args"] | {"weights": None}}
-    rebuilt = makeup.rebuild(backbone)
+    described = made_of["model"]
+    rebuilt = makeup.rebuild(makeup.without_weights(described["backbone"]))
     fields: list[Any] = [tuple(v) if isinstance(v, list) else v for v in made_of["preprocessing"]]
     rebuilt.preprocessing = Preprocessing(*fields)
     args, kwargs = makeup.rebuild(described["args"]), makeup.rebuild(described["init_args"])

@@ -5,16 +5,18 @@ import itertools
 from collections.abc import Sequence
 from typing import Any
 
-from torch import nn
 from torch.optim import AdamW
 
+from tl_lightning.backbones import Backbone, TracedBackbone, TruncatedBackbone
+from tl_lightning.features.activations import prefix_of
+from tl_lightning.freezing import HEAD
 from tl_lightning.heads import FittedHead, HeadCallable, LinearHead, check_maker
 from tl_lightning.makeup import as_factory, class_path, describe
 from tl_lightning.modules import CustomHeadClassifier, LinearProbe, TransferClassifier
 from tl_lightning.sweep.search import Candidate
 from tl_lightning.sweep.training import Rates
 
-OPTIONS = ("lr", "weight_decay", "heads", "folds")
+OPTIONS = ("lr", "weight_decay", "heads", "boundaries", "folds")
 """Of a sweep, which a fit has not."""
 
 
@@ -23,18 +25,21 @@ def candidates_of(
     lr: Sequence[float],
     weight_decay: Sequence[float],
     heads: Sequence[HeadCallable] | None = None,
+    boundaries: Sequence[str] | None = None,
 ) -> list[Candidate]:
-    """Combine heads, rates and weight decays.
+    """Combine boundaries, heads, rates and weight decays.
 
     Args:
         model: The classifier whose head is varied.
         lr: Learning rates.
         weight_decay: Weight decays.
         heads: Classes of heads; None takes that of the model.
+        boundaries: Stages before which the network ends, ``head`` for its end; None takes its end alone.
 
     Raises:
         ValueError: The model trains more than a head, or not by steps, has an optimizer or a schedule of its own, or takes no
-            other head; there is nothing to try, or a rate or decay that is none; or a head is a lambda, or solved for at once.
+            other head; there is nothing to try, or a rate, decay or boundary that is none; or a head is a lambda, or solved
+            for at once.
     """
     name = type(model).__name__
     if model.staging.trainable or not model.automatic_optimization:
@@ -47,12 +52,14 @@ def candidates_of(
             "sweep trains by AdamW, with a warm-up and a cosine, at the rates and weight decays that are compared: leave "
             "optimizer and scheduler out of the model"
         )
-    if "lr" not in model.init_args[1] or "optimizer" not in model.init_args[1]:
-        raise ValueError(f"{name} takes no lr or no optimizer, so what is found could not be written down")
+    missing = [argument for argument in ("backbone", "lr", "optimizer") if argument not in model.init_args[1]]
+    if missing:
+        raise ValueError(f"{name} takes no {' and no '.join(missing)}, so what is found could not be written down")
     if heads is not None and type(model) is not LinearProbe and not isinstance(model, CustomHeadClassifier):
         raise ValueError(f"{name} has a head of its own: leave heads out, or derive it from CustomHeadClassifier")
-    if not lr or not weight_decay or (heads is not None and not heads):
-        raise ValueError("there is nothing to compare: give at least one lr, weight_decay and head")
+    ends = [HEAD] if boundaries is None else list(dict.fromkeys(boundaries))
+    if not lr or not weight_decay or not ends or (heads is not None and not heads):
+        raise ValueError("there is nothing to compare: give at least one lr, weight_decay, head and boundary")
     if min(lr) <= 0 or min(weight_decay) < 0:
         raise ValueError(
             f"lr is {list(lr)} and weight_decay {list(weight_decay)}; rates are above 0, decays at least 0"
@@ -60,7 +67,32 @@ def candidates_of(
     for head in heads or ():
         _check(head)
     tried = [_own_head(model)] if heads is None else heads
-    return [Candidate(head, Rates(*rates)) for head in tried for rates in itertools.product(lr, weight_decay)]
+    return [
+        Candidate(head, Rates(*rates), before, size)
+        for before, size in {before: _size(model.backbone, before) for before in ends}.items()
+        for head in tried
+        for rates in itertools.product(lr, weight_decay)
+    ]
+
+
+def ending(backbone: Backbone, before: str) -> Backbone:
+    """Return the part of a network before a stage; all of it for ``head``.
+
+    Raises:
+        ValueError: There is no such stage, or the network cannot be cut.
+    """
+    if before == HEAD:
+        return backbone
+    if not isinstance(backbone, TracedBackbone):
+        raise ValueError(  # noqa: TRY004 - what is wrong is a choice of the user's
+            f"{type(backbone).__name__} is no TracedBackbone, so it cannot end before {before!r}: leave boundaries out"
+        )
+    return TruncatedBackbone(backbone, before)
+
+
+def _size(backbone: Backbone, before: str) -> int:
+    ending(backbone, before)  # raises where it cannot end
+    return sum(parameter.numel() for parameter in prefix_of(backbone, before).parameters())
 
 
 def _check(head: HeadCallable) -> None:
@@ -81,19 +113,17 @@ def _own_head(model: TransferClassifier) -> HeadCallable:
     return functools.partial(LinearHead, standardize=True) if type(model) is LinearProbe else model.build_head
 
 
-def classifier_of(
-    model: TransferClassifier, candidate: Candidate, head: nn.Module, *, other_head: bool
-) -> TransferClassifier:
-    """Make a classifier with a head that has been trained.
+def classifier_of(model: TransferClassifier, candidate: Candidate, *, other_head: bool) -> TransferClassifier:
+    """Make the classifier that a candidate stands for, with an untrained head.
 
     Args:
-        model: The classifier whose head was varied.
-        candidate: What was chosen.
-        head: Its head.
+        model: The classifier whose head is varied.
+        candidate: What is tried.
         other_head: Whether the head is none of the model's own.
     """
     positional, named = model.init_args
     named = named | {
+        "backbone": ending(model.backbone, candidate.before),
         "lr": candidate.rates.lr,
         "optimizer": functools.partial(AdamW, weight_decay=candidate.rates.weight_decay),
     }
@@ -102,7 +132,6 @@ def classifier_of(
         cls = cls if isinstance(model, CustomHeadClassifier) else CustomHeadClassifier
         named["head"] = candidate.head
     made: TransferClassifier = cls(*positional, **named)
-    made.head.load_state_dict(head.state_dict())
     return made
 
 
@@ -111,7 +140,7 @@ def configuration_of(swept: dict[str, Any], made: TransferClassifier, candidate:
 
     Args:
         swept: The configuration of the sweep.
-        made: The classifier with the head that was chosen.
+        made: The classifier that was chosen.
         candidate: What was chosen.
     """
     configured = swept["model"]
@@ -123,5 +152,9 @@ def configuration_of(swept: dict[str, Any], made: TransferClassifier, candidate:
     if swept["heads"] is not None and factory is not None:
         head = describe(factory)
         arguments["head"] = {key: head[key] for key in ("class_path", "init_args")}
-    model = {"class_path": class_path(type(made)), "init_args": arguments}
-    return {key: value for key, value in swept.items() if key not in OPTIONS} | {"model": model}
+    fit = {key: value for key, value in swept.items() if key not in OPTIONS}
+    fit["model"] = {"class_path": class_path(type(made)), "init_args": arguments}
+    if candidate.before != HEAD:
+        early = {"backbone": swept["backbone"], "before": candidate.before}
+        fit["backbone"] = {"class_path": class_path(TruncatedBackbone), "init_args": early}
+    return fit

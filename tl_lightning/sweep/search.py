@@ -16,18 +16,29 @@ from tl_lightning.heads.penalty import stratified_folds
 from tl_lightning.makeup import as_factory
 from tl_lightning.sweep.training import Advance, Loss, Rates, Training, ignore, train
 
+Source = tuple[str, str]
+"""The stage before which a network ends, ``head`` for its end; and ``head`` for its pooled features, ``map`` for its map."""
+
+WHOLE: Source = (HEAD, HEAD)
+"""The pooled features of a whole network."""
+
 
 class Candidate(NamedTuple):
     """What is tried."""
 
     head: HeadCallable
     rates: Rates
+    before: str = HEAD
+    """The stage before which the network ends; ``head`` for all of it."""
+    network_size: int = 0
+    """Number of the network's parameters up to there."""
 
     @property
-    def boundary(self) -> str:
-        """Whose activations the head takes: the pooled features, or the map."""
+    def takes(self) -> Source:
+        """What the head takes."""
         factory = as_factory(self.head)
-        return MAP if factory is not None and issubclass(factory.func, MapHead) else HEAD  # type: ignore[arg-type]  # a class
+        on_map = factory is not None and issubclass(factory.func, MapHead)  # type: ignore[arg-type]  # a class
+        return self.before, MAP if on_map else HEAD
 
     @property
     def name(self) -> str:
@@ -47,18 +58,18 @@ class Candidate(NamedTuple):
 class Samples(NamedTuple):
     """Labelled features."""
 
-    features: Mapping[str, Tensor]
-    """By boundary (N, D), or (N, C, h, w) before pooling."""
+    features: Mapping[Source, Tensor]
+    """(N, D), or (N, C, h, w) before pooling."""
     target: Tensor
     """Class numbers (N,)."""
 
     def at(self, wanted: Tensor) -> "Samples":
         """Return some of them, by whether each is wanted (N,)."""
-        return Samples({boundary: rows[wanted] for boundary, rows in self.features.items()}, self.target[wanted])
+        return Samples({source: rows[wanted] for source, rows in self.features.items()}, self.target[wanted])
 
     def followed_by(self, others: "Samples") -> "Samples":
         """Return these, and others after them."""
-        both = {boundary: torch.cat([rows, others.features[boundary]]) for boundary, rows in self.features.items()}
+        both = {source: torch.cat([rows, others.features[source]]) for source, rows in self.features.items()}
         return Samples(both, torch.cat([self.target, others.target]))
 
 
@@ -92,7 +103,8 @@ def search(
 ) -> Found:
     """Train every candidate, and choose the simplest of those that are as good as the best but for chance.
 
-    A head is simpler than one with more parameters, then than one with less weight decay, then than one with a higher rate.
+    Simpler is what has fewer parameters, those of the network before the head included; then more weight decay; then a lower
+    rate.
 
     Args:
         candidates: What is tried.
@@ -173,12 +185,12 @@ def _train(
 
     heads: list[nn.Module] = []
     for candidate in candidates:
-        features = samples.features[candidate.boundary]
+        features = samples.features[candidate.takes]
         with seeded(seed, "head"):
             heads.append(candidate.head(features.shape[1], num_classes).to(features.device))
-    for boundary in dict.fromkeys(candidate.boundary for candidate in candidates):
-        here = [n for n, candidate in enumerate(candidates) if candidate.boundary == boundary]
-        training = Training(samples.features[boundary], samples.target, batches, epochs, loss, seed)
+    for source in dict.fromkeys(candidate.takes for candidate in candidates):
+        here = [n for n, candidate in enumerate(candidates) if candidate.takes == source]
+        training = Training(samples.features[source], samples.target, batches, epochs, loss, seed)
         train([heads[n] for n in here], [candidates[n].rates for n in here], training, advance)
     return heads
 
@@ -188,7 +200,7 @@ def _judge(candidates: Sequence[Candidate], heads: Sequence[nn.Module], samples:
     """Return whether each head is right on each sample, and its cross-entropy there."""
     right, losses = [], []
     for candidate, head in zip(candidates, heads, strict=True):
-        scores = head(samples.features[candidate.boundary])
+        scores = head(samples.features[candidate.takes])
         right.append((scores.argmax(1) == samples.target) & scores.isfinite().all(1))  # what diverged is never right
         losses.append(nn.functional.cross_entropy(scores.float(), samples.target, reduction="none"))
     return torch.stack(right).cpu(), torch.stack(losses).cpu()
@@ -196,8 +208,8 @@ def _judge(candidates: Sequence[Candidate], heads: Sequence[nn.Module], samples:
 
 def _size(candidate: Candidate, samples: Samples, num_classes: int) -> int:
     with seeded(0, "size"):
-        head = candidate.head(samples.features[candidate.boundary].shape[1], num_classes)
-    return sum(parameter.numel() for parameter in head.parameters())
+        head = candidate.head(samples.features[candidate.takes].shape[1], num_classes)
+    return candidate.network_size + sum(parameter.numel() for parameter in head.parameters())
 
 
 def _check_folds(target: Tensor, folds: int, num_classes: int) -> None:
