@@ -7,11 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from torch import Tensor
 
 from tests.doubles import TinyBackbone
 from tests.ranks import run_on_ranks
 from tests.test_extracting import cached, said
 from tl_lightning.backbones import TruncatedBackbone
+from tl_lightning.batch import Batch
 from tl_lightning.cli import TransferCLI, main
 from tl_lightning.heads import LinearHead
 from tl_lightning.modules import CustomHeadClassifier, LinearProbe, TransferClassifier
@@ -24,6 +26,21 @@ HEADS = """[
   {class_path: MLPHead, init_args: {hidden: [8], dropout: 0.1}},
   {class_path: ConvHead, init_args: {channels: 4}}]"""
 VAL = "--data.images.val_fraction=0.3"
+
+
+class StepProbe(LinearProbe):
+    """A step of its own."""
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        return super().training_step(batch, batch_idx) * 2
+
+
+class BranchingProbe(LinearProbe):
+    """A loss that looks at its value."""
+
+    def compute_loss(self, logits: Tensor, target: Tensor) -> Tensor:
+        loss = super().compute_loss(logits, target)
+        return loss * 2 if loss.item() > 1 else loss
 
 
 def table(folder: Path) -> list[dict[str, str]]:
@@ -136,11 +153,19 @@ def test_each_head_can_be_the_winner(head: int, photos: Path, tmp_path: Path) ->
         (["--heads=[{class_path: NearestNeighbourHead}]"], "NearestNeighbourHead is solved for at once"),
         (["--lr=[]"], "nothing to compare"),
         (["--lr=[-1.0]"], "rates are above 0"),
+        (["--lr=[1e-2, .nan]"], "all finite"),
+        (["--weight_decay=[.inf]"], "all finite"),
+        (["--trainer.gradient_clip_val=1.0", "--trainer.max_steps=3"], "knows no max_steps 3, gradient_clip_val 1.0"),
+        (["--trainer.limit_test_batches=1"], "limit_test_batches 1"),
+        (["--trainer.callbacks=EarlyStopping", "--trainer.callbacks.monitor=val_loss"], "knows no EarlyStopping"),
+        (["--model=tests.test_sweeping.StepProbe"], "has its own training_step"),
+        (["--heads=[{class_path: LinearHead, init_args: {dropout: 2.0}}]"], "LinearHead.* cannot be made"),
         (["--data.views=2"], "leave views out"),
         (["--trainer.max_epochs=0"], "at least 1"),
-        (["--trainer.fast_dev_run=true", "--trainer.logger=false"], "no fast_dev_run"),
+        (["--trainer.fast_dev_run=true", "--trainer.logger=false"], "knows no fast_dev_run"),
         (["--folds=1"], "folds is 1"),
-        (["--boundaries=[layer7]"], "unknown stage 'layer7'; did you mean"),
+        (["--boundaries=[layer7]"], "unknown boundary 'layer7'; did you mean"),
+        (["--boundaries=[stem]"], "unknown boundary 'stem'.*head"),
         (["--boundaries=[]"], "nothing to compare"),
         (["--folds=50"], "give 2 to"),
     ],
@@ -149,6 +174,18 @@ def test_what_cannot_be_compared_is_refused(more: list[str], message: str, photo
     with pytest.raises(ValueError, match=message):
         main(["sweep", *cached(photos, tmp_path, *more)])
     assert not (tmp_path / "runs" / "version_0").exists()
+
+
+def test_loss_that_cannot_be_batched_is_for_one_head_at_a_time(photos: Path, tmp_path: Path) -> None:
+    main(["sweep", *cached(photos, tmp_path, *RATES, VAL, "--model=tests.test_sweeping.BranchingProbe")])
+    assert len(table(tmp_path / "runs" / "version_0")) == 6
+
+
+def test_what_was_compared_is_kept_where_every_head_diverged(photos: Path, tmp_path: Path) -> None:
+    more = ["--lr=[1e30]", "--weight_decay=[1e30]", "--trainer.max_epochs=4", VAL]
+    with pytest.raises(ValueError, match="every head diverged"):
+        main(["sweep", *cached(photos, tmp_path, *more)])
+    assert table(tmp_path / "runs" / "version_0")[0]["accuracy"] == "0.0000"
 
 
 def test_head_that_no_checkpoint_could_bring_back_is_refused_at_once() -> None:

@@ -6,7 +6,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import (
+    BaseFinetuning,
+    EarlyStopping,
+    GradientAccumulationScheduler,
+    Timer,
+    WeightAveraging,
+)
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
@@ -20,6 +27,7 @@ from tl_lightning.modules import TransferClassifier
 from tl_lightning.sweep.candidates import classifier_of
 from tl_lightning.sweep.search import Candidate, Found, Samples, Source, search, work
 
+_OF_TRAINING = (BaseFinetuning, EarlyStopping, GradientAccumulationScheduler, Timer, WeightAveraging)
 _SHOWN = 10
 _SPLITS = ("train", "val")
 
@@ -72,23 +80,24 @@ def sweep(
         other_head: Whether the candidates' heads are none of the model's own.
 
     Raises:
-        ValueError: The trainer trains for no epoch, or the data have several views of an image.
+        ValueError: The trainer is to do what a sweep does not, or the data have several views of an image.
     """
     if data.views:
         raise ValueError(f"data.views is {data.views}; sweep trains on the images as they are: leave views out")
-    if (trainer.max_epochs or 0) < 1 or trainer.fast_dev_run:  # type: ignore[attr-defined]  # Lightning sets it
-        raise ValueError("sweep trains each head for max_epochs, a number of at least 1, and knows no fast_dev_run")
+    _check(trainer)
     splits = _read(trainer, model, data, candidates, other_head=other_head)
     found = _search(trainer, model, data, candidates, splits, folds)
+    folder = Path(str(trainer.log_dir or trainer.default_root_dir))
+    if trainer.is_global_zero:
+        _write(found, folder / "sweep.csv")
     _print(found, folds)
+    if not found.loss.isfinite().any():
+        raise ValueError("every head diverged: compare lower learning rates and weight decays, or look at the features")
     classifier = classifier_of(model, candidates[found.chosen], other_head=other_head)
     classifier.head.load_state_dict(found.head.state_dict())
     trainer.validate(classifier, datamodule=data, verbose=False)  # the score of what is saved, by the usual way
-    folder = Path(str(trainer.log_dir or trainer.default_root_dir))
     checkpoint = folder / "checkpoints" / "best.ckpt"
     trainer.save_checkpoint(checkpoint, weights_only=False)  # with what says which images were for training
-    if trainer.is_global_zero:
-        _write(found, folder / "sweep.csv")
     tested = None
     if "test" in data.splits:
         trainer.test(classifier, datamodule=data, ckpt_path=str(checkpoint), weights_only=True, verbose=False)
@@ -96,6 +105,31 @@ def sweep(
         count = len(data.splits["test"].files)
         tested = None if accuracy is None else share(round(float(accuracy) * count), count)
     return Swept(found, classifier, checkpoint, tested)
+
+
+def _check(trainer: Trainer) -> None:
+    """Refuse what a fit of the winner would do, and its training in the sweep does not."""
+    if (trainer.max_epochs or 0) < 1:
+        raise ValueError("sweep trains each head for max_epochs, a number of at least 1")
+    usual = {
+        "fast_dev_run": (trainer.fast_dev_run, False),  # type: ignore[attr-defined]  # Lightning sets it, as others here
+        "max_steps": (trainer.max_steps, -1),
+        "gradient_clip_val": (trainer.gradient_clip_val, None),
+        "accumulate_grad_batches": (trainer.accumulate_grad_batches, 1),
+        "overfit_batches": (trainer.overfit_batches, 0.0),  # type: ignore[attr-defined]
+        "limit_train_batches": (trainer.limit_train_batches, 1.0),
+        "limit_val_batches": (trainer.limit_val_batches, 1.0),
+        "limit_test_batches": (trainer.limit_test_batches, 1.0),
+    }
+    # 1 and 1.0 are not the same: one batch, and all of them
+    others = [f"{name} {given}" for name, (given, expected) in usual.items() if repr(given) != repr(expected)]
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    others += [type(callback).__name__ for callback in callbacks if isinstance(callback, _OF_TRAINING)]
+    if others:
+        raise ValueError(
+            f"sweep trains each head for max_epochs on all images, and knows no {', '.join(others)}: leave them out; a fit of "
+            "its winner.yaml takes them"
+        )
 
 
 def _read(
@@ -167,7 +201,7 @@ def _rows(found: Found) -> list[dict[str, str]]:
             "lr": f"{found.candidates[n].rates.lr:g}",
             "weight_decay": f"{found.candidates[n].rates.weight_decay:g}",
             "accuracy": f"{float(found.accuracy[n]):.4f}",
-            "loss": f"{float(found.loss[n]):.4f}",
+            "cross_entropy": f"{float(found.loss[n]):.4f}",
             "chosen": "yes" if n == found.chosen else "",
         }
         for n in order
@@ -180,7 +214,7 @@ def _print(found: Found, folds: int) -> None:
     constant = {key for key in ("head", "boundary") if len({row[key] for row in rows}) == 1}
     shown = {
         ", ".join(text.format(row[key]) for key, text in words.items() if key not in constant): (
-            f"{row['accuracy']}, loss {row['loss']}"
+            f"{row['accuracy']}, cross-entropy {row['cross_entropy']}"
             + (", chosen: the simplest within one standard error" if row["chosen"] else "")
         )
         for number, row in enumerate(rows)

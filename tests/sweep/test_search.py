@@ -99,3 +99,10 @@ def test_nothing_to_compare() -> None:
     features, target = samples(2)
     with pytest.raises(ValueError, match="nothing to compare"):
         run(Samples({WHOLE: features}, target), Samples({WHOLE: features}, target), 2, candidates=[])
+
+
+def test_one_validation_image_is_too_few() -> None:
+    features, target = samples(2)
+    train, one = Samples({WHOLE: features}, target), Samples({WHOLE: features[:1]}, target[:1])
+    with pytest.raises(ValueError, match="1 validation images to choose by"):
+        run(train, one, 2)

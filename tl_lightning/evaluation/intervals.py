@@ -8,9 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tl_lightning.evaluation.selection import choose
+from tl_lightning.evaluation.selection import choose, standard_errors
 
-_RESAMPLES = 2000
+_RESAMPLES = 1000
 _AT_ONCE = 100
 
 
@@ -22,13 +22,13 @@ class Interval(NamedTuple):
     high: float
 
 
-def share(successes: int, trials: int, level: float = 0.95) -> Interval:
+def share(successes: float, trials: int, level: float = 0.95) -> Interval:
     """Return a share and its interval, as of the accuracy on images that nothing was chosen by.
 
     Wilson's interval (1927, https://doi.org/10.1080/01621459.1927.10502953).
 
     Args:
-        successes: How many of the trials succeeded.
+        successes: How many of the trials succeeded; an estimate of it may be no whole number.
         trials: At least one.
         level: Of confidence.
 
@@ -47,39 +47,38 @@ def share(successes: int, trials: int, level: float = 0.95) -> Interval:
 
 
 def best_of_many(
-    outcomes: Tensor, chosen: int, simplicity: Sequence[int] | None = None, level: float = 0.95, seed: int = 0
+    outcomes: Tensor, simplicity: Sequence[int] | None = None, level: float = 0.95, seed: int = 0
 ) -> Interval:
-    """Return the score of a candidate that was chosen among many by this very score, and its interval.
+    """Return the share that the chosen one of many candidates gets right, which was chosen by this very share.
 
-    The best of many looks better than it is. By how much is read off resamples of the images, in each of which one is chosen
-    in the same way, by what it gained over its own score (White 2000, https://doi.org/10.1111/1468-0262.00152). Where no
-    candidate is truly better than another the interval has its level; where some are clearly worse it has more.
+    The best of many looks better than it is. So one is chosen in the same way on resamples of the images, and scored on the
+    images that are not in the resample (Tsamardinos et al. 2018, section 3.2, https://doi.org/10.1007/s10994-018-5714-4).
+    The interval around that is Wilson's.
 
     Args:
-        outcomes: (candidates, images): what each candidate has on each image, as whether it was right.
-        chosen: Which candidate was chosen.
+        outcomes: (candidates, images): whether each candidate was right on each image; at least two images.
         simplicity: Place of each candidate, the simplest first, where
             :func:`simplest_within_one_standard_error` has chosen; None where the best was taken.
         level: Of confidence.
         seed: Of the resamples.
 
     Returns:
-        The score without what choosing added, and its interval.
+        The share without what choosing added, and its interval.
     """
     values = outcomes.to(torch.float64)
-    scores = values.mean(1)  # (candidates,)
-    errors = values.std(1, correction=1) / values.shape[1] ** 0.5
+    candidates, images = values.shape
+    if candidates == 1:
+        return share(float(values.sum()), images, level)
+    errors = standard_errors(values)
     generator = torch.Generator().manual_seed(seed)
-    gains = []
+    found = []
     for _ in range(0, _RESAMPLES, _AT_ONCE):
-        drawn = torch.randint(values.shape[1], (_AT_ONCE, values.shape[1]), generator=generator)
-        counts = torch.zeros(_AT_ONCE, values.shape[1], dtype=values.dtype).scatter_add_(
-            1, drawn, torch.ones_like(drawn, dtype=values.dtype)
-        )
-        resampled = values @ counts.T / values.shape[1]  # (candidates, resamples)
-        gained = resampled - scores[:, None]
-        gains.append(gained.gather(0, choose(gained, errors, simplicity)[None])[0])
-    gain = torch.cat(gains)
-    score = float(scores[chosen])
-    low, middle, high = (float(gain.quantile(q)) for q in ((1 + level) / 2, 0.5, (1 - level) / 2))
-    return Interval(score - middle, max(0.0, score - low), score - high)
+        drawn = torch.randint(images, (_AT_ONCE, images), generator=generator)
+        counts = torch.zeros(_AT_ONCE, images, dtype=values.dtype)
+        counts.scatter_add_(1, drawn, torch.ones_like(drawn, dtype=values.dtype))
+        chosen = choose(values @ counts.T / images, errors, simplicity)
+        outside = (counts == 0).to(values.dtype)
+        right = (values @ outside.T).gather(0, chosen[None])[0]
+        some = outside.any(1)
+        found.append(right[some] / outside.sum(1)[some])
+    return share(float(torch.cat(found).mean()) * images, images, level)

@@ -18,10 +18,19 @@ def simplest_within_one_standard_error(outcomes: Tensor, simplicity: Sequence[in
 
     Returns:
         Its number.
+
+    Raises:
+        ValueError: There are fewer than two images, so that nobody knows what chance gives.
     """
+    if outcomes.shape[1] < 2:
+        raise ValueError(f"there is {outcomes.shape[1]} image to choose by; there must be at least 2")
     values = outcomes.to(torch.float64)
-    errors = values.std(1, correction=1) / values.shape[1] ** 0.5
-    return int(choose(values.mean(1)[:, None], errors, simplicity))
+    return int(choose(values.mean(1)[:, None], standard_errors(values), simplicity))
+
+
+def standard_errors(outcomes: Tensor) -> Tensor:
+    """Return the standard error of each candidate's mean (candidates,)."""
+    return outcomes.std(1, correction=1) / outcomes.shape[1] ** 0.5
 
 
 def choose(scores: Tensor, errors: Tensor, simplicity: Sequence[int] | None) -> Tensor:

@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,12 +13,15 @@ from tl_lightning.features.activations import prefix_of
 from tl_lightning.freezing import HEAD
 from tl_lightning.heads import FittedHead, HeadCallable, LinearHead, check_maker
 from tl_lightning.makeup import as_factory, class_path, describe
+from tl_lightning.messages import unknown
 from tl_lightning.modules import CustomHeadClassifier, LinearProbe, TransferClassifier
 from tl_lightning.sweep.search import Candidate
 from tl_lightning.sweep.training import Rates
 
 OPTIONS = ("lr", "weight_decay", "heads", "boundaries", "folds")
 """Of a sweep, which a fit has not."""
+
+_OF_A_STEP = ("forward", "forward_from", "features_from", "training_step", "training_loss", "configure_optimizers")
 
 
 def candidates_of(
@@ -47,6 +51,11 @@ def candidates_of(
             f"sweep trains many heads on features that do not move, and {name} is trained otherwise: use LinearProbe or "
             "CustomHeadClassifier"
         )
+    own = [method for method in _OF_A_STEP if getattr(type(model), method) is not getattr(_plain(model), method)]
+    if own:
+        raise ValueError(
+            f"{name} has its own {', '.join(own)}, which sweep would pass over: it trains heads on features by compute_loss"
+        )
     if model.optimizer is not None or model.scheduler is not None:
         raise ValueError(
             "sweep trains by AdamW, with a warm-up and a cosine, at the rates and weight decays that are compared: leave "
@@ -60,12 +69,12 @@ def candidates_of(
     ends = [HEAD] if boundaries is None else list(dict.fromkeys(boundaries))
     if not lr or not weight_decay or not ends or (heads is not None and not heads):
         raise ValueError("there is nothing to compare: give at least one lr, weight_decay, head and boundary")
-    if min(lr) <= 0 or min(weight_decay) < 0:
+    if not (all(0 < rate < math.inf for rate in lr) and all(0 <= decay < math.inf for decay in weight_decay)):
         raise ValueError(
-            f"lr is {list(lr)} and weight_decay {list(weight_decay)}; rates are above 0, decays at least 0"
+            f"lr is {list(lr)} and weight_decay {list(weight_decay)}; rates are above 0, decays at least 0, all finite"
         )
     for head in heads or ():
-        _check(head)
+        _check(head, model)
     tried = [_own_head(model)] if heads is None else heads
     return [
         Candidate(head, Rates(*rates), before, size)
@@ -73,6 +82,10 @@ def candidates_of(
         for head in tried
         for rates in itertools.product(lr, weight_decay)
     ]
+
+
+def _plain(model: TransferClassifier) -> type[TransferClassifier]:
+    return next(cls for cls in (LinearProbe, CustomHeadClassifier, TransferClassifier) if isinstance(model, cls))
 
 
 def ending(backbone: Backbone, before: str) -> Backbone:
@@ -83,6 +96,8 @@ def ending(backbone: Backbone, before: str) -> Backbone:
     """
     if before == HEAD:
         return backbone
+    if before not in backbone.stages[1:]:
+        raise ValueError(unknown("boundary", before, [*backbone.stages[1:], HEAD], of=type(backbone).__name__))
     if not isinstance(backbone, TracedBackbone):
         raise ValueError(  # noqa: TRY004 - what is wrong is a choice of the user's
             f"{type(backbone).__name__} is no TracedBackbone, so it cannot end before {before!r}: leave boundaries out"
@@ -95,8 +110,8 @@ def _size(backbone: Backbone, before: str) -> int:
     return sum(parameter.numel() for parameter in prefix_of(backbone, before).parameters())
 
 
-def _check(head: HeadCallable) -> None:
-    """Refuse now what no checkpoint could bring back, or what is not trained by steps."""
+def _check(head: HeadCallable, model: TransferClassifier) -> None:
+    """Refuse now what cannot be made, what no checkpoint could bring back, or what is not trained by steps."""
     check_maker(head)
     describe(head)
     factory = as_factory(head)
@@ -105,6 +120,11 @@ def _check(head: HeadCallable) -> None:
             f"{factory.func.__name__} is solved for at once, without a rate or a weight decay: use it with "
             "FeatureCacheClassifier and fit"
         )
+    try:
+        head(model.backbone.feature_dim, model.num_classes)
+    except (TypeError, ValueError) as error:
+        name = factory.func.__name__ if factory is not None else str(head)
+        raise ValueError(f"{name} cannot be made for {model.num_classes} classes: {error}") from error
 
 
 def _own_head(model: TransferClassifier) -> HeadCallable:

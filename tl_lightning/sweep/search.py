@@ -16,6 +16,8 @@ from tl_lightning.heads.penalty import stratified_folds
 from tl_lightning.makeup import as_factory
 from tl_lightning.sweep.training import Advance, Loss, Rates, Training, ignore, train
 
+_FEWEST = 2  # of which there is a standard error
+
 Source = tuple[str, str]
 """The stage before which a network ends, ``head`` for its end; and ``head`` for its pooled features, ``map`` for its map."""
 
@@ -136,6 +138,11 @@ def search(
             advance=advance,
         )
 
+    if not folds and len(val_samples.target) < _FEWEST:
+        raise ValueError(
+            f"there are {len(val_samples.target)} validation images to choose by, and at least {_FEWEST} are needed: compare by "
+            "cross-validation, with folds=5, or give a larger val_fraction"
+        )
     if folds:
         both = train_samples.followed_by(val_samples)
         _check_folds(both.target, folds, num_classes)
@@ -156,7 +163,7 @@ def search(
     )
     simplicity = [order.index(n) for n in range(len(candidates))]
     chosen = simplest_within_one_standard_error(right, simplicity)
-    interval = best_of_many(right, chosen, simplicity, seed=derive_seed(seed, "interval"))
+    interval = best_of_many(right, simplicity, seed=derive_seed(seed, "interval"))
     head = fit([candidates[chosen]], train_samples)[0] if folds else heads[chosen]
     return Found(candidates, right.double().mean(1), losses.double().mean(1), chosen, head, interval)
 
@@ -215,7 +222,8 @@ def _size(candidate: Candidate, samples: Samples, num_classes: int) -> int:
 def _check_folds(target: Tensor, folds: int, num_classes: int) -> None:
     smallest = int(torch.bincount(target, minlength=num_classes).min())
     if folds < 2 or smallest < folds:
+        possible = f"give 2 to {smallest}, or 0" if smallest > 1 else "give 0"
         raise ValueError(
-            f"folds is {folds}, and the smallest class has {smallest} images that may be chosen by; give 2 to {smallest}, or 0 "
-            "to choose on the validation images"
+            f"folds is {folds}, and the smallest class has {smallest} images that may be chosen by; {possible} to choose on the "
+            "validation images"
         )

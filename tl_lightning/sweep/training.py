@@ -1,6 +1,7 @@
 """Train many heads on the same features, together where that is faster."""
 
 import copy
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
@@ -161,7 +162,11 @@ def _is_faster_together(heads: Sequence[nn.Module], rates: Sequence[Rates], trai
     times = []
     for _ in range(2):  # what runs first also warms up
         begin = time.perf_counter()
-        train_together([copy.deepcopy(head) for head in heads], rates, short)  # type: ignore[misc]  # they are linear
+        try:
+            train_together([copy.deepcopy(head) for head in heads], rates, short)  # type: ignore[misc]  # they are linear
+        except RuntimeError:  # a loss that branches on its values, or draws, is for one head at a time
+            times.append(math.inf)
+            continue
         middle = time.perf_counter()
         for head, rate in zip(tried, rates, strict=False):
             train_alone(head, rate, short)
