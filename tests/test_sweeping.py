@@ -85,6 +85,11 @@ def test_what_is_chosen_is_saved_tested_and_trained_again(
     again = LinearProbe.load_from_checkpoint(tmp_path / "runs" / "version_1" / "checkpoints" / "last.ckpt")
     assert again.head.load_state_dict(winner.head.state_dict())
 
+    before = best.read_bytes()
+    with pytest.raises(ValueError, match="holds a model and not the state of its training, as that of a sweep"):
+        main(["fit", f"--config={run / 'winner.yaml'}", f"--ckpt_path={best}"])
+    assert best.read_bytes() == before
+
 
 def test_heads_of_all_kinds_and_folds(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     main(["sweep", *cached(photos, tmp_path, *RATES, f"--heads={HEADS}", "--folds=3")])

@@ -18,6 +18,8 @@ def main() -> None:
     except SIGTERMException:
         # Lightning kills the first process of a node when it finds that another has failed, so those end quietly.
         sys.exit(128 + signal.SIGTERM if os.environ.get("LOCAL_RANK", "0") == "0" else 0)
+    except KeyboardInterrupt:  # outside of a fit, where Lightning ends the run itself
+        sys.exit(128 + signal.SIGINT)
     except Exception as error:
         message = of_ours(error)
         if message is None or os.environ.get("TL_LIGHTNING_TRACEBACK"):

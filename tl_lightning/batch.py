@@ -53,6 +53,14 @@ class Preprocesses(Protocol):
 
 
 @runtime_checkable
+class ServesViews(Protocol):
+    """Whatever serves augmented views in turn: a data module, for the module that sees each image once."""
+
+    views: int
+    """Number of views of each training image; 0 for the images as they are."""
+
+
+@runtime_checkable
 class RunsFrom(Protocol):
     """Whatever can go on from what a part of its network made: a module, for the data module that stores it."""
 

@@ -37,7 +37,15 @@ _SPOKEN_FOR = _PLACES.keys() - {"model.head"}
 """Those whose classes are few enough to be named in a message."""
 
 _PLACEHOLDERS = {"unfreeze_from": "STAGE", "root": "FOLDER", "schedule": "'{3: layer4}'", "head": "CLASS"}
-_FORMS = {"schedule": "{epoch: stage}, as {3: layer4}, with which layer4 trains from epoch 3 on"}
+_FOLDERS = {"images": "images.root"}  # what a class is needed for, and what is enough to type
+_FORMS = {
+    "trainer.callbacks.schedule": "{epoch: stage}, as {3: layer4}, with which layer4 trains from epoch 3 on",
+    "lr": "a list, as '[0.001, 0.01]'",
+    "weight_decay": "a list, as '[0.0, 1.0]'",
+    "boundaries": "a list of stages, as '[layer3, head]'",
+    "heads": "a list of classes, as '[{class_path: LinearHead}, {class_path: MLPHead, init_args: {hidden: [256]}}]'",
+}
+"""Of options, by their full names."""
 
 
 class Parser(LightningArgumentParser):
@@ -87,8 +95,8 @@ def _of_class(cls: type, place: str, message: str, given: dict[str, Any], option
     """Explain a mistake in the options of a class; None if it is of no known kind."""
     required = re.match(r"the following arguments are required: ([\w.]+)", message)
     if required:
-        name = required[1]
-        return f"{cls.__name__} needs {name!r}: add --{place}.{name} {_PLACEHOLDERS.get(name, name.upper())}"
+        name = _FOLDERS.get(required[1], required[1])
+        return f"{cls.__name__} needs {name!r}: add --{place}.{name} {_PLACEHOLDERS.get(name.rpartition('.')[2], name.upper())}"
     if not re.match(r"Option .* is not accepted|unrecognized arguments|Key must be a string", message):
         return None
     strange = next((name.partition(".")[0] for name in given if name.partition(".")[0] not in options), None)
@@ -136,12 +144,14 @@ def _explain(message: str, prefix: str, given: dict[str, Any], options: set[str]
         return message
     key, reason = prefix + keyed[1], keyed[2]
     name = re.search(r"(?:Expected a dot import path string: |Problem with given class_path ')([\w.-]+)", reason)
+    if name and key == "data.images":
+        return f"--{key} is {name[1]}, which is no class of images; a folder is named by --{key}.root {name[1]}"
     if name and key in _PLACES:
         return _unknown_class(key, name[1], reason)
     value = re.search(r"Given value: (.*)", reason) or re.search(r"Got value: (.*)", reason)
     shown = f"--{key} is {value[1] if value else given.get(keyed[1], 'wrong')}"
-    if keyed[1] in _FORMS:
-        return f"{shown}; it is {_FORMS[keyed[1]]}"
+    if key in _FORMS:
+        return f"{shown}; it is {_FORMS[key]}"
     types = re.search(r"Subtypes: \[(.*)\]", reason) or re.search(r"Expected a (<class '[\w.]+'>)", reason)
     if value and types:
         allowed = re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", types[1]).replace("NoneType", "null")

@@ -89,8 +89,13 @@ def check_resumed(path: str | Path, saved: dict[str, Any], classifier: TransferC
         classifier: What is to be trained further.
 
     Raises:
-        ValueError: Class, backbone, head, classes or stages are others.
+        ValueError: It holds no run that could go on; or class, backbone, head, classes or stages are others.
     """
+    if not saved.get("optimizer_states"):
+        raise ValueError(
+            f"the checkpoint {str(path)!r} holds a model and not the state of its training, as that of a sweep, so no run can go on "
+            "from it: leave --ckpt_path out"
+        )
     state = classifier.state_dict()
     was, now = saved[checkpoints.KEY], checkpoints.describe(classifier, state)
     changed, rates = _differences(was, now)

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -190,19 +191,43 @@ def test_a_damaged_shard_is_named_and_rebuilt_alone(root: Path, tmp_path: Path) 
     assert contents(made.folder) == before
 
 
-@pytest.mark.parametrize("text", ["", "{", '{"recipe": 3}', "[]"])
-def test_a_damaged_manifest_is_named_and_shards_are_taken_up(root: Path, tmp_path: Path, text: str) -> None:
+def test_a_shard_that_was_cut_short_is_computed_anew(root: Path, tmp_path: Path) -> None:
+    made = store(tmp_path / "cache", TinyBackbone())
+    fill(root, [made])
+    before = contents(made.folder)
+    for manifest_is_lost in (False, True):
+        shard = made.folder / made.blocks[1].file
+        shard.write_bytes(shard.read_bytes()[:-100])
+        if manifest_is_lost:
+            (made.folder / "manifest.json").unlink()
+        seen: list[str] = []
+        fill(root, [store(tmp_path / "cache", TinyBackbone())], seen=seen)
+        assert len(seen) == 16
+        assert contents(made.folder) == before
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "{",
+        '{"recipe": 3}',
+        "[]",
+        '{"recipe": {"format": 1}, "shards": [], "row_shape": [1], "channels_last": false}',
+    ],
+)
+def test_a_damaged_manifest_is_named(root: Path, tmp_path: Path, text: str) -> None:
     made = store(tmp_path / "cache", TinyBackbone())
     fill(root, [made])
     before = contents(made.folder)
     manifest = made.folder / "manifest.json"
     manifest.write_text(text)
-    with pytest.raises(DamagedStoreError, match=re.escape(str(manifest)) + ".*remove this file and run again"):
+    with pytest.raises(DamagedStoreError, match=re.escape(str(manifest)) + ".*remove its folder and run again"):
         FeatureStore(made.folder, made.recipe)
-    manifest.unlink()
+    shutil.rmtree(made.folder)
     seen: list[str] = []
     fill(root, [store(tmp_path / "cache", TinyBackbone())], seen=seen)
-    assert seen == []
+    assert len(seen) == 41
     assert contents(made.folder) == before
 
 

@@ -44,6 +44,13 @@ def test_same_from_images_and_from_what_is_stored(head: str, photos: Path, tmp_p
     assert from_images[1] >= 0.5
 
 
+def test_views_are_refused(photos: Path, tmp_path: Path) -> None:
+    backbone = TinyBackbone()
+    data = cached(photos, tmp_path / "cache", backbone, views=2)
+    with pytest.raises(ValueError, match="data.views is 2; the head is solved for on the images as they are"):
+        trainer(tmp_path).fit(FeatureCacheClassifier(backbone, 3), data)
+
+
 def on_ranks(world: int, photos: str, folder: str) -> dict[str, tuple[str, float]]:
     options = {"devices": world, "strategy": "ddp" if world > 1 else "auto"}
     return {head: fit(photos, Path(folder), head, Path(folder) / "cache", **options) for head in HEADS}

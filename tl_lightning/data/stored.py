@@ -1,5 +1,6 @@
 """The images of a folder as rows of feature stores."""
 
+import errno
 import hashlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -18,6 +19,8 @@ from tl_lightning.features import FeatureStore, StoredRows, content_keys, extrac
 from tl_lightning.features.together import all_or_none, from_all, rank_and_world
 from tl_lightning.images import read_image
 from tl_lightning.transforms import Preprocessing, eval_transform
+
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 
 class StoredImages:
@@ -52,7 +55,7 @@ class StoredImages:
             boundaries: At which its activations are stored.
 
         Raises:
-            OSError: There is too little space.
+            OSError: There is too little space, or nothing can be written there.
             ValueError: An image cannot be read, or an activation does not fit into the type.
         """
         splits = self.images.splits
@@ -66,8 +69,17 @@ class StoredImages:
             if file in training
         )
         for names, augmented in ((plain, False), (drawn, True)):
-            if names:
+            if not names:
+                continue
+            try:
                 self._extract(network, [self._store(network, b, augmented) for b in boundaries], names)
+            except OSError as error:
+                if error.errno in _NO_ROOM or _is_in(error.filename, self.cache_dir):
+                    raise OSError(
+                        f"features cannot be stored in {str(self.cache_dir)!r} ({error.strerror}: {error.filename}): give another "
+                        "cache_dir, a folder that can be written to"
+                    ) from error
+                raise
 
     def rows(
         self, network: Backbone, boundary: str, files: Sequence[str], view: int | None, device: torch.device
@@ -118,7 +130,7 @@ class StoredImages:
             stores,
             names,
             lambda keys: load_in_order(images, keys, self.images.workers),
-            say=lambda text: print(f"features: {text}"),
+            say=lambda text: print(f"features: {text}", flush=True),
         )
 
 
@@ -142,6 +154,14 @@ class _Images(Dataset[tuple[Tensor, int, int]]):
             return self.plain(image), UNLABELLED, 0
         with seeded(self.seed, "augmentation", int(view), content):
             return self.augment(image), UNLABELLED, 0
+
+
+def _is_in(path: object, folder: Path) -> bool:
+    """Return whether a path that an error names is in a folder, or is one on the way to it."""
+    if not isinstance(path, str):
+        return False
+    found, place = Path(path).absolute(), folder.absolute()
+    return found.is_relative_to(place) or place.is_relative_to(found)
 
 
 def _by_key(pairs: Iterable[tuple[str, str]]) -> dict[str, str]:

@@ -33,10 +33,17 @@ def check_space(store: FeatureStore, layout: Layout, rows: int) -> None:
     free = free_space(store.folder)
     if needed + _SPARE_BYTES > free:
         size = " x ".join(map(str, layout.shape))
+        narrow = store.recipe.dtype == "float32" and needed // 2 + _SPARE_BYTES <= free
+        ways = [
+            "another cache_dir",
+            *(["dtype='float16'"] * narrow),
+            *(["fewer views"] * (store.recipe.augmentation != "none")),
+        ]
+        later = ", or a later boundary" * (needed > _SPARE_BYTES)
         raise OSError(
             f"{rows:,} rows of {size} {store.recipe.dtype} at the boundary {store.recipe.boundary!r} take {gigabytes(needed)}, and "
-            f"{gigabytes(free)} are free in {str(store.folder.parent)!r}: give another cache_dir, dtype='float16', fewer views or "
-            "a later boundary, or train on the images themselves"
+            f"{gigabytes(free)} are free in {str(store.folder.parent)!r}, of which {gigabytes(_SPARE_BYTES)} are left to other "
+            f"files: give {', '.join(ways)}{later}, or train on the images themselves"
         )
 
 

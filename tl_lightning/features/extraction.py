@@ -94,7 +94,7 @@ def extract(
                     "cache_dir that all machines share"
                 )
     done = Extracted(sum(len(block.names) for block in blocks), time.monotonic() - begin, max(from_all(error)))
-    if say is not None:
+    if say is not None and done.rows:
         say(describe(done.rows, done.seconds, done.error, stores[0].recipe.dtype))
     return done
 
@@ -148,7 +148,7 @@ def _compute(
         torch.inference_mode(),
         as_frozen(like.device.type),
         evaluating(backbone),
-        Progress(*columns, disable=not show) as progress,
+        Progress(*columns, disable=not show or not batches) as progress,
     ):
         bar = progress.add_task("", total=sum(map(len, batches)))
         for block in blocks:

@@ -2,16 +2,18 @@
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from typing_extensions import Self
 
-from tl_lightning.features.recipe import FORMAT
+from tl_lightning.features.recipe import FORMAT, Recipe
 
 MANIFEST = "manifest.json"
 
@@ -70,7 +72,27 @@ class Layout(NamedTuple):
         return rows.permute(0, 3, 1, 2) if self.channels_last else rows
 
 
-def read_manifest(folder: Path) -> dict[str, Any] | None:
+class Manifest(NamedTuple):
+    """What a store holds."""
+
+    recipe: Recipe
+    layout: Layout
+    digests: dict[Block, str]
+    """SHA-256 of each shard."""
+
+    def to_json(self) -> bytes:
+        """Return the content of the file."""
+        shards = [{"file": b.file, "sha256": digest, "rows": b.names} for b, digest in self.digests.items()]
+        content = {
+            "recipe": self.recipe._asdict(),
+            "row_shape": self.layout.shape,
+            "channels_last": self.layout.channels_last,
+            "shards": shards,
+        }
+        return json.dumps(content, indent=1, sort_keys=True).encode(errors="surrogateescape")
+
+
+def read_manifest(folder: Path) -> Manifest | None:
     """Return what a manifest says; None if there is none.
 
     Raises:
@@ -81,18 +103,35 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        manifest: dict[str, Any] = json.loads(path.read_bytes())
-        found = manifest["recipe"]["format"]
+        content: dict[str, Any] = json.loads(path.read_bytes())
+        found = content["recipe"]["format"]
         if found > FORMAT:
             raise StaleStoreError(
                 f"{str(path)!r} was written in the later format {found}; update tl_lightning, or remove it"
             )
-    except (KeyError, TypeError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        shards = content["shards"]
+        digests = {Block(tuple((key, name) for key, name in shard["rows"])): str(shard["sha256"]) for shard in shards}
+        layout = Layout(tuple(content["row_shape"]), content["channels_last"])
+        return Manifest(Recipe(**content["recipe"]), layout, digests)
+    except StaleStoreError:
+        raise
+    except (KeyError, TypeError, ValueError) as error:
         raise DamagedStoreError(
-            f"{str(path)!r} cannot be read ({type(error).__name__}: {error}); remove this file and run again: shards that "
-            "are complete are taken up"
+            f"{str(path)!r} cannot be read ({type(error).__name__}: {error}); remove its folder and run again, and what was "
+            "in it is computed anew"
         ) from error
-    return manifest
+
+
+def is_whole(shard: Path, rows: int) -> bool:
+    """Return whether a shard is there, and as long as so many rows are."""
+    try:
+        with shard.open("rb") as file:
+            if np.lib.format.read_magic(file) != (1, 0):
+                return False
+            shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+            return shape[0] == rows and file.tell() + math.prod(shape) * dtype.itemsize == shard.stat().st_size
+    except (OSError, ValueError, IndexError):
+        return False
 
 
 def replace(path: Path, write: Callable[[IO[bytes]], object]) -> None:

@@ -70,4 +70,4 @@ def describe(rows: int, seconds: float, error: float, dtype: str) -> str:
         dtype: The type.
     """
     by_type = f"; relative error by {dtype} {error:.1e}" if error else ""
-    return f"{rows:,} images in {seconds:.0f} s ({rows / max(seconds, 1e-9):.0f} a second){by_type}"
+    return f"{rows:,} images in {seconds:.0f} s ({rows / max(seconds, 1e-9):.2g} a second){by_type}"

@@ -5,7 +5,6 @@ shard is written under a temporary name, flushed and renamed, and the manifest i
 when, a reader sees a complete store or none. Shards never change; new rows go into new ones.
 """
 
-import json
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -21,7 +20,9 @@ from tl_lightning.features.files import (
     Block,
     DamagedStoreError,
     Layout,
+    Manifest,
     StaleStoreError,
+    is_whole,
     read_manifest,
     replace,
 )
@@ -74,15 +75,12 @@ class FeatureStore:
         manifest = read_manifest(self.folder)
         if manifest is None:
             return
-        found = Recipe(**manifest["recipe"])
-        if found != self.recipe:
-            raise StaleStoreError(
-                f"the stored features in {str(self.folder)!r} do not fit: {'; '.join(self.recipe.differences(found))}"
-            )
-        shards = manifest["shards"]
-        self.layout = Layout(tuple(manifest["row_shape"]), manifest["channels_last"])
-        self.blocks = tuple(Block(tuple((key, name) for key, name in shard["rows"])) for shard in shards)
-        self._digests = {shard["file"]: shard["sha256"] for shard in shards}
+        if manifest.recipe != self.recipe:
+            differences = "; ".join(self.recipe.differences(manifest.recipe))
+            raise StaleStoreError(f"the stored features in {str(self.folder)!r} do not fit: {differences}")
+        self.layout = manifest.layout
+        self.blocks = tuple(manifest.digests)
+        self._digests = {block.file: digest for block, digest in manifest.digests.items()}
         self._places = {
             key: (number, row) for number, block in enumerate(self.blocks) for row, key in enumerate(block.keys)
         }
@@ -168,14 +166,14 @@ class FeatureStore:
         Returns:
             All blocks that the store then has.
         """
-        kept = [b for b in self.blocks if (self.folder / b.file).is_file() or all(key in names for key in b.keys)]
+        kept = [b for b in self.blocks if self.is_written(b) or all(key in names for key in b.keys)]
         known = {key for block in kept for key in block.keys}
         new = [(key, name) for key, name in names.items() if key not in known]
         return kept + [Block(tuple(new[i : i + BLOCK])) for i in range(0, len(new), BLOCK)]
 
     def is_written(self, block: Block) -> bool:
-        """Return whether the shard of a block is there; whatever is there is complete."""
-        return (self.folder / block.file).is_file()
+        """Return whether the shard of a block is there, with all its rows."""
+        return is_whole(self.folder / block.file, len(block.names))
 
     def write(self, block: Block, rows: Tensor) -> float:
         """Write the rows of a block, all at once or not at all.
@@ -216,14 +214,7 @@ class FeatureStore:
         for block in blocks:
             if block in written or block.file not in digests:  # it may have been written before a manifest was
                 digests[block.file] = file_digest(self.folder / block.file)
-        shards = [{"file": block.file, "sha256": digests[block.file], "rows": block.names} for block in blocks]
-        manifest = {
-            "recipe": self.recipe._asdict(),
-            "row_shape": layout.shape,
-            "channels_last": layout.channels_last,
-            "shards": shards,
-        }
-        text = json.dumps(manifest, indent=1, sort_keys=True).encode(errors="surrogateescape")
+        text = Manifest(self.recipe, layout, {block: digests[block.file] for block in blocks}).to_json()
         for left in self.folder.glob(".*.part"):
             left.unlink()
         replace(self.folder / MANIFEST, lambda file: file.write(text))
@@ -234,8 +225,8 @@ def recipes_in(cache_dir: str | Path) -> list[Recipe]:
     """Return the recipes of all complete stores in a folder; what cannot be read is passed over."""
     found = []
     for path in sorted(Path(cache_dir).glob(f"*/{MANIFEST}")):
-        with suppress(StaleStoreError, DamagedStoreError, OSError, TypeError):
+        with suppress(StaleStoreError, DamagedStoreError, OSError):
             manifest = read_manifest(path.parent)
             if manifest is not None:
-                found.append(Recipe(**manifest["recipe"]))
+                found.append(manifest.recipe)
     return found

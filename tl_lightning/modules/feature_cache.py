@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from tl_lightning.backbones import Backbone
-from tl_lightning.batch import PADDING, Batch
+from tl_lightning.batch import PADDING, Batch, ServesViews
 from tl_lightning.chance import derive_seed, run_seed
 from tl_lightning.heads import FittedHead, HeadCallable, LogisticRegressionHead, check_maker
 from tl_lightning.makeup import as_factory
@@ -64,11 +64,17 @@ class FeatureCacheClassifier(TransferClassifier):
         """Make the run as long as the solution takes.
 
         Raises:
-            ValueError: A callback averages weights.
+            ValueError: A callback averages weights, or the data have several views of an image.
         """
         super().setup(stage)
         if stage != "fit":
             return
+        data = getattr(self.trainer, "datamodule", None)
+        if isinstance(data, ServesViews) and data.views:
+            raise ValueError(
+                f"data.views is {data.views}; the head is solved for on the images as they are: leave views out, or train "
+                "LinearProbe"
+            )
         self.trainer.fit_loop.max_epochs = 1
         self._seen.clear()
         if any(isinstance(callback, WeightAveraging) for callback in self.trainer.callbacks):  # type: ignore[attr-defined]  # Lightning's own list
