@@ -118,5 +118,5 @@ def test_extract_on_two_ranks(photos: Path, tmp_path: Path) -> None:
 def test_a_cache_folder_that_is_none_is_named(below: str, photos: Path, tmp_path: Path) -> None:
     file = tmp_path / "file"
     file.write_text("no folder")
-    with pytest.raises(OSError, match="features cannot be stored in .*file.*give another cache_dir"):
+    with pytest.raises(OSError, match=r"features cannot be stored in .*file.*give another cache_dir"):
         main(["extract", *cached(photos, tmp_path, f"--data.cache_dir={file}{below}")])

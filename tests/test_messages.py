@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from torch import nn
 
 from tests.doubles import image_folder
 from tl_lightning.callbacks.table import print_table
@@ -131,6 +132,19 @@ def test_forgotten_option(options: list[str], said: str, listed: str, capsys: py
     message = _refused(capsys, "fit", *options)
     assert said in message
     assert f"All options: tl-lightning fit {listed}" in message
+
+
+class UntypedHead(nn.Module):
+    def __init__(self, in_features, num_classes, width=8) -> None:  # type: ignore[no-untyped-def]  # noqa: ANN001 - that is what is tested
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(in_features, width), nn.Linear(width, num_classes))
+
+
+def test_class_without_types(capsys: pytest.CaptureFixture[str]) -> None:
+    head = ["--model=CustomHeadClassifier", "--model.head=tests.test_messages.UntypedHead"]
+    message = _refused(capsys, "fit", "--data.root=x", *head)
+    assert "UntypedHead says no type of its argument 'in_features'" in message
+    assert "annotate its arguments" in message
 
 
 def test_unknown_class(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -391,3 +405,26 @@ def test_other_rates_resume(photos: Path, tmp_path: Path) -> None:
             "--model.backbone_lr=1e-5",
         )
     assert torch.load(checkpoint, weights_only=True)["epoch"] == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ([], "CachedFeaturesDataModule needs 'images.root': add --data.images.root FOLDER"),
+        (
+            ["--data.images=photos"],
+            "--data.images is photos, which is no class of images; a folder is named by --data.images.root",
+        ),
+        (["--data.images.root=x", "--lr=0.01"], "--lr is 0.01; it is a list, as '[0.001, 0.01]'"),
+        (["--data.images.root=x", "--lr=[1e-2"], "--lr is [1e-2; it is a list"),
+        (["--data.images.root=x", "--weight_decay=x"], "--weight_decay is x; it is a list, as '[0.0, 1.0]'"),
+        (["--data.images.root=x", "--boundaries=layer3"], "--boundaries is layer3; it is a list of stages"),
+        (
+            ["--data.images.root=x", "--heads=LinearHead"],
+            "--heads is LinearHead; it is a list of classes, as '[{class_path: L",
+        ),
+        (["--data.images.root=x", "--heads=[NoHead]"], "it is a list of classes, as '[{class_path: LinearHead}"),
+    ],
+)
+def test_options_of_a_sweep(options: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert said in _refused(capsys, "sweep", *options)

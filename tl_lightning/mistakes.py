@@ -139,6 +139,12 @@ def _explain(message: str, prefix: str, given: dict[str, Any], options: set[str]
     missing = re.match(r'expected "subcommand" to be one of \{(.*)\}', message)
     if missing:
         return f"a command is missing: there are {missing[1].replace(',', ', ')}"
+    untyped = re.search(r"Parameter '(\w+)' from '([\w.]+)\.__init__' does not specify a type", message)
+    if untyped:
+        return (
+            f"{untyped[2]} says no type of its argument {untyped[1]!r}, so nothing can be given for it on a command line: annotate "
+            "its arguments, as def __init__(self, in_features: int, num_classes: int)"
+        )
     keyed = re.match(r'Parser key "([^"]+)":\s*(.*)', message, re.DOTALL)
     if keyed is None:
         return message

@@ -21,7 +21,8 @@ def test_share_is_wilsons() -> None:
 def guesses(p: float, images: int, alike: float, generator: torch.Generator, *, candidates: int = 20) -> torch.Tensor:
     """Candidates that are right with probability p, more or less on the same images."""
     common, own = torch.randn(1, images, generator=generator), torch.randn(candidates, images, generator=generator)
-    return alike**0.5 * common + (1 - alike) ** 0.5 * own < NormalDist().inv_cdf(p)
+    latent: torch.Tensor = alike**0.5 * common + (1 - alike) ** 0.5 * own
+    return latent < NormalDist().inv_cdf(p)
 
 
 @pytest.mark.parametrize(

@@ -47,7 +47,7 @@ def test_same_from_images_and_from_what_is_stored(head: str, photos: Path, tmp_p
 def test_views_are_refused(photos: Path, tmp_path: Path) -> None:
     backbone = TinyBackbone()
     data = cached(photos, tmp_path / "cache", backbone, views=2)
-    with pytest.raises(ValueError, match="data.views is 2; the head is solved for on the images as they are"):
+    with pytest.raises(ValueError, match=r"data\.views is 2; the head is solved for on the images as they are"):
         trainer(tmp_path).fit(FeatureCacheClassifier(backbone, 3), data)
 
 

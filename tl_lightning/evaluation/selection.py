@@ -30,7 +30,7 @@ def simplest_within_one_standard_error(outcomes: Tensor, simplicity: Sequence[in
 
 def standard_errors(outcomes: Tensor) -> Tensor:
     """Return the standard error of each candidate's mean (candidates,)."""
-    return outcomes.std(1, correction=1) / outcomes.shape[1] ** 0.5
+    return outcomes.std(1, correction=1).div(outcomes.shape[1] ** 0.5)
 
 
 def choose(scores: Tensor, errors: Tensor, simplicity: Sequence[int] | None) -> Tensor:
