@@ -305,6 +305,23 @@ def test_testing_on_images_trained_on_is_refused(photos: Path, tmp_path: Path) -
         run_test(checkpoint, data(photos, seed=1, test_fraction=0.4))
 
 
+@pytest.mark.parametrize("change", ["removed", "added", "renamed"])
+def test_images_trained_on_are_known_after_the_folder_has_changed(change: str, photos: Path, tmp_path: Path) -> None:
+    checkpoint = trained(photos, tmp_path, seed=1)
+    changed = tmp_path / "changed"
+    shutil.copytree(photos, changed)
+    first = min((changed / "ant").iterdir())
+    if change == "removed":
+        first.unlink()
+    elif change == "added":
+        save_image(changed / "ant" / "new.png", seed=99)
+    else:
+        first.rename(first.with_name("zzz.png"))
+    for seed in (1, 2, 3):
+        with pytest.raises(ValueError, match=r"was trained on \d+ of these \d+ images of .*would count as unseen"):
+            run_test(checkpoint, data(changed, seed=seed, test_fraction=0.5))
+
+
 def test_copy_of_the_folder_is_known(photos: Path, tmp_path: Path) -> None:
     checkpoint = trained(photos, tmp_path, seed=1)
     shutil.copytree(photos, tmp_path / "copy")
@@ -322,7 +339,10 @@ def test_names_that_are_no_text_do_not_stop_a_run(tmp_path: Path) -> None:
 
 
 def test_testing_on_another_folder_is_allowed(photos: Path, tmp_path: Path) -> None:
-    other = image_folder(tmp_path / "other", {"ant": 6, "bee": 6, "cat": 6})
+    other = image_folder(tmp_path / "other", {"dog": 6, "bee": 6, "cat": 6})  # names of these recur, images do not
+    for number, image in enumerate(sorted(other.rglob("*.png"))):
+        save_image(image, seed=50_000 + number, size=(30, 30))
+    (other / "dog").rename(other / "ant")
     run_test(trained(photos, tmp_path, seed=1), data(other, seed=2))
 
 

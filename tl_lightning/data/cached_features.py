@@ -96,6 +96,10 @@ class CachedFeaturesDataModule(ResumableDataModule):
         """Return what identifies the training images."""
         return self.images.provenance()
 
+    def identify(self, split: str) -> Tensor:
+        """Return a number for each image of a split (N,), int64, by which it is known again."""
+        return self.images.identify(split)
+
     # What is served -------------------------------------------------------------------------------------------------
 
     @property

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lightning.fabric.utilities.data import suggested_max_num_workers
+from torch import Tensor
 from torchvision.transforms import v2
 
 from tl_lightning.chance import run_seed
@@ -11,7 +12,7 @@ from tl_lightning.data.contents import FolderContents
 from tl_lightning.data.folder import Samples
 from tl_lightning.data.image_loader import ImageDataset, ImageLoader, Transform
 from tl_lightning.data.loader import EpochLoader
-from tl_lightning.data.provenance import Provenance, describe_training_images
+from tl_lightning.data.provenance import Provenance, describe_training_images, identify
 from tl_lightning.data.resumable import ResumableDataModule
 from tl_lightning.images import WHITE, ImageReader
 from tl_lightning.transforms import Flip, Preprocessing, eval_transform, train_transform
@@ -87,6 +88,7 @@ class ImageFolderDataModule(ResumableDataModule):
         self.preprocessing = preprocessing
         self.contents = FolderContents(self.root, val_fraction, test_fraction, self.seed)
         self._loaders: list[ImageLoader] = []
+        self._identities: dict[str, Tensor] = {}
 
     # What the folder holds ------------------------------------------------------------------------------------------
 
@@ -172,7 +174,13 @@ class ImageFolderDataModule(ResumableDataModule):
 
     def provenance(self) -> Provenance:
         """Return what identifies the training images."""
-        return describe_training_images(self.root, self.splits, self.seed)
+        return describe_training_images(self.root, self.splits, self.seed, self.identify("train"))
+
+    def identify(self, split: str) -> Tensor:
+        """Return a number for each image of a split (N,), int64, by which it is known again."""
+        if split not in self._identities:
+            self._identities[split] = identify(self.root, self.splits[split].files if split in self.splits else ())
+        return self._identities[split]
 
     # ----------------------------------------------------------------------------------------------------------------
 

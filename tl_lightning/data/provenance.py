@@ -1,9 +1,12 @@
 """Which images a checkpoint was trained on, so that they are not taken for unseen ones."""
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TypedDict
+
+import torch
+from torch import Tensor
 
 from tl_lightning.data.folder import TRAIN, Samples, split_folders
 
@@ -19,33 +22,73 @@ class Provenance(TypedDict):
     """Seed of the split."""
     drawn: bool
     """Whether the split was drawn, rather than given by folders."""
+    each: Tensor
+    """A number for each training image (N,), int64, from its path within the folder and its size in bytes."""
 
 
-def describe_training_images(root: Path, splits: Mapping[str, Samples], seed: int) -> Provenance:
-    """Describe the training images of a folder; copies of the folder are the same."""
+def identify(root: Path, files: Sequence[str]) -> Tensor:
+    """Return a number for each image (N,), int64, from its path within the folder and its size in bytes."""
+    texts = (f"{file}\n{(root / file).stat().st_size}".encode(errors="surrogateescape") for file in files)
+    digests = (hashlib.blake2b(text, digest_size=8).digest() for text in texts)
+    return torch.tensor([int.from_bytes(digest, "big", signed=True) for digest in digests], dtype=torch.int64)
+
+
+def describe_training_images(root: Path, splits: Mapping[str, Samples], seed: int, each: Tensor) -> Provenance:
+    """Describe the training images of a folder; copies of the folder are the same.
+
+    Args:
+        root: The folder.
+        splits: What it holds.
+        seed: Seed of the split.
+        each: What :func:`identify` says of the training images.
+    """
     train = splits[TRAIN].files if TRAIN in splits else []
     every = sorted(file for samples in splits.values() for file in samples.files)
     hashes = [hashlib.sha256("\n".join(files).encode(errors="surrogateescape")).hexdigest() for files in (every, train)]
-    return {"images": hashes[0], "train": hashes[1], "seed": seed, "drawn": not split_folders(root)}
+    return {"images": hashes[0], "train": hashes[1], "seed": seed, "drawn": not split_folders(root), "each": each}
 
 
-def check_training_images(then: Provenance, now: Provenance, root: Path, *, fitting: bool) -> None:
-    """Make sure that a resumed run goes on with its images, and that none of them is tested on.
+def check_resumed_images(then: Provenance, now: Provenance, root: Path) -> None:
+    """Make sure that a resumed run goes on with its images.
 
     Args:
         then: Of the checkpoint.
         now: Of the data at hand.
         root: What messages call the data.
-        fitting: Whether training goes on; otherwise the checkpoint is scored, on another folder if the user likes.
 
     Raises:
         ValueError: The images differ.
     """
-    if now["train"] == then["train"] or not (fitting or (then["drawn"] and now["images"] == then["images"])):
+    if now["train"] != then["train"]:
+        raise ValueError(
+            f"the checkpoint was trained on other images of {str(root)!r}, so a resumed run would not be the same run: "
+            f"{_why(then, now)}"
+        )
+
+
+def check_unseen(then: Provenance, now: Provenance, scored: Tensor, root: Path) -> None:
+    """Make sure that none of the images that are scored was trained on, unless the user has given them so.
+
+    Args:
+        then: Of the checkpoint.
+        now: Of the data at hand.
+        scored: What :func:`identify` says of the images that are to be scored.
+        root: What messages call the data.
+
+    Raises:
+        ValueError: Some were trained on, for the split has been drawn in another way.
+    """
+    if not then["drawn"] or "each" not in then:  # a checkpoint of an earlier version
         return
+    seen = int(torch.isin(scored, then["each"]).sum())
+    if seen:
+        raise ValueError(
+            f"the checkpoint was trained on {seen} of these {len(scored)} images of {str(root)!r}, which would count as unseen: "
+            f"{_why(then, now)}"
+        )
+
+
+def _why(then: Provenance, now: Provenance) -> str:
     if now["seed"] != then["seed"]:
-        why = f"the split was drawn from seed {then['seed']} then and from {now['seed']} now; give that seed"
-    else:
-        why = "images, or the shares of the splits, have changed since; restore them, or give folders for the splits"
-    consequence = "a resumed run would not be the same run" if fitting else "images trained on would count as unseen"
-    raise ValueError(f"the checkpoint was trained on other images of {str(root)!r}, so {consequence}: {why}")
+        return f"the split was drawn from seed {then['seed']} then and from {now['seed']} now; give that seed"
+    return "images, or the shares of the splits, have changed since; restore them, or give folders for the splits"

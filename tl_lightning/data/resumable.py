@@ -5,10 +5,13 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import LightningDataModule
+from torch import Tensor
 
 from tl_lightning.data.loader import EpochLoader
 from tl_lightning.data.order import EpochBatches
-from tl_lightning.data.provenance import Provenance, check_training_images
+from tl_lightning.data.provenance import Provenance, check_resumed_images, check_unseen
+
+_SCORED = {"validate": "val", "test": "test"}
 
 
 class ResumableDataModule(LightningDataModule):
@@ -24,6 +27,10 @@ class ResumableDataModule(LightningDataModule):
     @abstractmethod
     def provenance(self) -> Provenance:
         """Return what identifies the training images."""
+
+    @abstractmethod
+    def identify(self, split: str) -> Tensor:
+        """Return a number for each image of a split (N,), int64, by which it is known again."""
 
     def order(self, length: int, *, shuffle: bool) -> EpochBatches:
         """Return the batches of this process.
@@ -66,12 +73,13 @@ class ResumableDataModule(LightningDataModule):
         """Go on from a place in the training data, and make sure that what was trained on is not what is tested on.
 
         Raises:
-            ValueError: The checkpoint was trained on another draw from the same folder.
+            ValueError: The checkpoint was trained on other images, or on those that are to be scored.
         """
         doing = None if self.trainer is None else self.trainer.state.fn
-        if doing != "predict":
-            check_training_images(state_dict["images"], self.provenance(), self.root, fitting=doing == "fit")
+        if doing in _SCORED:
+            check_unseen(state_dict["images"], self.provenance(), self.identify(_SCORED[doing]), self.root)
         if doing == "fit":
+            check_resumed_images(state_dict["images"], self.provenance(), self.root)
             self._resume_at = state_dict["place"]
             if self._train_loader is not None and self._resume_at is not None:
                 self._train_loader.load_state_dict(self._resume_at)
