@@ -7,6 +7,7 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from tests.doubles import TINY, TinyBackbone, image_folder, save_image
@@ -339,11 +340,15 @@ def test_names_that_are_no_text_do_not_stop_a_run(tmp_path: Path) -> None:
 
 
 def test_testing_on_another_folder_is_allowed(photos: Path, tmp_path: Path) -> None:
-    other = image_folder(tmp_path / "other", {"dog": 6, "bee": 6, "cat": 6})  # names of these recur, images do not
-    for number, image in enumerate(sorted(other.rglob("*.png"))):
-        save_image(image, seed=50_000 + number, size=(30, 30))
-    (other / "dog").rename(other / "ant")
-    run_test(trained(photos, tmp_path, seed=1), data(other, seed=2))
+    """Its images have the names of those trained on, as cameras give them, and, of this format, their size."""
+    first, other = tmp_path / "first", tmp_path / "other"
+    for image in photos.rglob("*.png"):
+        for root, change in ((first, ImageOps.mirror), (other, ImageOps.invert)):
+            with Image.open(image) as opened:
+                made = root / image.relative_to(photos).with_suffix(".bmp")
+                made.parent.mkdir(parents=True, exist_ok=True)
+                change(opened).save(made)
+    run_test(trained(first, tmp_path, seed=1), data(other, seed=2))
 
 
 def test_resuming_on_other_images_is_refused(photos: Path, tmp_path: Path) -> None:
