@@ -1,6 +1,5 @@
 """Compare heads on cached features, and write down the one that is chosen."""
 
-import csv
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -17,7 +16,6 @@ from lightning.pytorch.callbacks import (
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
-from tl_lightning.callbacks.table import print_table
 from tl_lightning.chance import run_seed
 from tl_lightning.data import CachedFeaturesDataModule
 from tl_lightning.evaluation import Interval, share
@@ -25,10 +23,10 @@ from tl_lightning.extracting import compute
 from tl_lightning.freezing import HEAD
 from tl_lightning.modules import TransferClassifier
 from tl_lightning.sweep.candidates import classifier_of
+from tl_lightning.sweep.report import print_found, write_table
 from tl_lightning.sweep.search import Candidate, Found, Samples, Source, search, work
 
 _OF_TRAINING = (BaseFinetuning, EarlyStopping, GradientAccumulationScheduler, Timer, WeightAveraging)
-_SHOWN = 10
 _SPLITS = ("train", "val")
 
 
@@ -89,8 +87,8 @@ def sweep(
     found = _search(trainer, model, data, candidates, splits, folds)
     folder = Path(str(trainer.log_dir or trainer.default_root_dir))
     if trainer.is_global_zero:
-        _write(found, folder / "sweep.csv")
-    _print(found, folds)
+        write_table(found, folder / "sweep.csv")
+    print_found(found, folds)
     if not found.loss.isfinite().any():
         raise ValueError("every head diverged: compare lower learning rates and weight decays, or look at the features")
     classifier = classifier_of(model, candidates[found.chosen], other_head=other_head)
@@ -189,49 +187,3 @@ def _search(
     head = candidate.head(train_samples.features[candidate.takes].shape[1], model.num_classes)
     head.load_state_dict(state)
     return told._replace(candidates=candidates, head=head)
-
-
-def _rows(found: Found) -> list[dict[str, str]]:
-    """Return what was tried, the best first."""
-    order = sorted(range(len(found.candidates)), key=lambda n: (-float(found.accuracy[n]), float(found.loss[n])))
-    return [
-        {
-            "head": found.candidates[n].name,
-            "boundary": found.candidates[n].before,
-            "lr": f"{found.candidates[n].rates.lr:g}",
-            "weight_decay": f"{found.candidates[n].rates.weight_decay:g}",
-            "accuracy": f"{float(found.accuracy[n]):.4f}",
-            "cross_entropy": f"{float(found.loss[n]):.4f}",
-            "chosen": "yes" if n == found.chosen else "",
-        }
-        for n in order
-    ]
-
-
-def _print(found: Found, folds: int) -> None:
-    rows = _rows(found)
-    words = {"head": "{}", "boundary": "boundary {}", "lr": "lr {}", "weight_decay": "decay {}"}
-    constant = {key for key in ("head", "boundary") if len({row[key] for row in rows}) == 1}
-    shown = {
-        ", ".join(text.format(row[key]) for key, text in words.items() if key not in constant): (
-            f"{row['accuracy']}, cross-entropy {row['cross_entropy']}"
-            + (", chosen: the simplest within one standard error" if row["chosen"] else "")
-        )
-        for number, row in enumerate(rows)
-        if number < _SHOWN or row["chosen"]
-    }
-    if len(rows) > len(shown):
-        shown["others"] = f"{len(rows) - len(shown)}, in sweep.csv"
-    low, high = found.interval.low, found.interval.high
-    shown["chosen"] = f"{found.interval.estimate:.4f} ({low:.4f} to {high:.4f} at 95 %) without what choosing added"
-    by = f"by {folds}-fold cross-validation" if folds else "on validation images"
-    print_table(f"compared: accuracy {by}", shown)
-
-
-def _write(found: Found, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    rows = _rows(found)
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
