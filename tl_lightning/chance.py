@@ -42,6 +42,14 @@ def seed_torch(*parts: int | str) -> None:
 
 
 @contextmanager
+def drawing_from(state: torch.Tensor) -> Iterator[None]:
+    """Draw by torch on the CPU from a state that its generator once had; leave no trace outside."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.set_state(state)
+        yield
+
+
+@contextmanager
 def seeded(*parts: int | str) -> Iterator[None]:
     """Draw from ``parts`` alone inside the block, by torch on the CPU, numpy and random; leave no trace outside."""
     seed = derive_seed(*parts)

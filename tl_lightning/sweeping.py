@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from tl_lightning.chance import run_seed
 from tl_lightning.data import CachedFeaturesDataModule
+from tl_lightning.data.order import EpochBatches
 from tl_lightning.evaluation import Interval, share
 from tl_lightning.extracting import compute
 from tl_lightning.freezing import HEAD
@@ -161,7 +162,10 @@ def _search(
     splits: Sequence[Samples],
     folds: int,
 ) -> Found:
-    """Search on all ranks alike, since a head may speak to its likes on the others; what the first one finds counts."""
+    """Search on all ranks alike, since a head may speak to its likes on the others; what the first one finds counts.
+
+    First weights, order and dropout are those of a fit, so that a fit of what is chosen comes out the same.
+    """
     train_samples, val_samples = splits
     columns = (TextColumn("heads"), BarColumn(), MofNCompleteColumn(), TextColumn("epochs"), TimeRemainingColumn())
     epochs = trainer.max_epochs or 0
@@ -174,8 +178,9 @@ def _search(
             num_classes=model.num_classes,
             loss=model.compute_loss,
             epochs=epochs,
-            batch_size=data.batch_size,
+            order=lambda count: EpochBatches(count, data.batch_size, shuffle=True, seed=data.seed),
             seed=run_seed(),
+            drawn_from=model.drawn_from,
             folds=folds,
             advance=lambda count: progress.advance(bar, count),
         )

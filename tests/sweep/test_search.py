@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from tests.heads.test_logistic import samples
+from tl_lightning.data.order import EpochBatches
 from tl_lightning.evaluation import share
 from tl_lightning.heads import LinearHead, MLPHead
 from tl_lightning.sweep.search import WHOLE, Candidate, Found, Samples, search
@@ -19,7 +20,11 @@ GRID = [Candidate(LinearHead, Rates(lr, decay)) for lr in (1e-4, 1e-3, 1e-2, 1e-
 def run(
     train: Samples, val: Samples, classes: int, seed: int = 0, candidates: Sequence[Candidate] = GRID, **options: object
 ) -> Found:
-    defaults: dict[str, object] = {"epochs": 3, "batch_size": 32}
+    defaults: dict[str, object] = {
+        "epochs": 3,
+        "order": partial(EpochBatches, batch_size=32, shuffle=True, seed=seed),
+        "drawn_from": torch.Generator().manual_seed(seed).get_state(),
+    }
     loss = nn.functional.cross_entropy
     return search(candidates, train, val, num_classes=classes, loss=loss, seed=seed, **(defaults | options))  # type: ignore[arg-type]
 

@@ -82,6 +82,8 @@ class TransferClassifier(Recorded, Staged, Optimized, Evaluated):
         agreement.check_number(self.num_classes, self.class_names)
         checkpoints.check(self)  # now, not when the first checkpoint is due
 
+        self.drawn_from = torch.get_rng_state()
+        """From which the head's first weights are drawn, so that others can begin as in its place."""
         self.head = self.build_head(backbone.feature_dim, num_classes)
         self.train_loss = MeanLoss()
         self.build_evaluation()

@@ -1,13 +1,13 @@
 """Try many heads on stored features, and choose one by images that it was not trained on."""
 
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from tl_lightning.chance import derive_seed, seeded
+from tl_lightning.chance import derive_seed, drawing_from, seeded
 from tl_lightning.data.order import EpochBatches
 from tl_lightning.evaluation import Interval, best_of_many, simplest_within_one_standard_error
 from tl_lightning.freezing import HEAD, MAP
@@ -17,6 +17,9 @@ from tl_lightning.makeup import as_factory
 from tl_lightning.sweep.training import Advance, Loss, Rates, Training, ignore, train
 
 _FEWEST = 2  # of which there is a standard error
+
+Order = Callable[[int], EpochBatches]
+"""From a number of samples to their batches."""
 
 Source = tuple[str, str]
 """The stage before which a network ends, ``head`` for its end; and ``head`` for its pooled features, ``map`` for its map."""
@@ -98,8 +101,9 @@ def search(
     num_classes: int,
     loss: Loss,
     epochs: int,
-    batch_size: int,
+    order: Order,
     seed: int,
+    drawn_from: Tensor,
     folds: int = 0,
     advance: Advance = ignore,
 ) -> Found:
@@ -115,8 +119,9 @@ def search(
         num_classes: Number K of classes.
         loss: What they are trained by.
         epochs: How long.
-        batch_size: Samples per step.
-        seed: Of initial weights, order and folds.
+        order: Their batches.
+        seed: Of dropout and folds.
+        drawn_from: State of torch's generator that each head's first weights are drawn from.
         folds: Number of folds; 0 compares on ``val_samples``.
         advance: Told, now and then, how many epochs of heads have been trained since; :func:`work` says how many there are.
 
@@ -133,8 +138,9 @@ def search(
             num_classes=num_classes,
             loss=loss,
             epochs=epochs,
-            batch_size=batch_size,
+            order=order,
             seed=seed,
+            drawn_from=drawn_from,
             advance=advance,
         )
 
@@ -157,11 +163,11 @@ def search(
         heads = fit(candidates, train_samples)
         right, losses = _judge(candidates, heads, val_samples)
     sizes = [_size(candidate, train_samples, num_classes) for candidate in candidates]
-    order = sorted(
+    ranked = sorted(
         range(len(candidates)),
         key=lambda n: (sizes[n], -candidates[n].rates.weight_decay, candidates[n].rates.lr),
     )
-    simplicity = [order.index(n) for n in range(len(candidates))]
+    simplicity = [ranked.index(n) for n in range(len(candidates))]
     chosen = simplest_within_one_standard_error(right, simplicity)
     interval = best_of_many(right, simplicity, seed=derive_seed(seed, "interval"))
     head = fit([candidates[chosen]], train_samples)[0] if folds else heads[chosen]
@@ -180,20 +186,21 @@ def _train(
     num_classes: int,
     loss: Loss,
     epochs: int,
-    batch_size: int,
+    order: Order,
     seed: int,
+    drawn_from: Tensor,
     advance: Advance,
 ) -> list[nn.Module]:
-    order = EpochBatches(len(samples.target), batch_size, shuffle=True, seed=seed)
+    each_epoch = order(len(samples.target))
 
     def batches(epoch: int) -> Iterator[Tensor]:
-        order.set_epoch(epoch)
-        return (index for index, _ in order.batches())
+        each_epoch.set_epoch(epoch)
+        return (index for index, _ in each_epoch.batches())
 
     heads: list[nn.Module] = []
     for candidate in candidates:
         features = samples.features[candidate.takes]
-        with seeded(seed, "head"):
+        with drawing_from(drawn_from):
             heads.append(candidate.head(features.shape[1], num_classes).to(features.device))
     for source in dict.fromkeys(candidate.takes for candidate in candidates):
         here = [n for n, candidate in enumerate(candidates) if candidate.takes == source]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW
 
 from tl_lightning import optim
-from tl_lightning.chance import seeded
+from tl_lightning.chance import seed_torch, seeded
 from tl_lightning.features.together import from_first
 from tl_lightning.heads import LinearHead, Standardize
 
@@ -49,7 +49,7 @@ class Training(NamedTuple):
     epochs: int
     loss: Loss
     seed: int = 0
-    """Of what heads draw, as dropout: each head draws the same, whatever else is trained."""
+    """Of what heads draw, as dropout: at each step as in a fit."""
 
     def steps(self, heads: int = 1, advance: Advance = ignore) -> Iterator[tuple[Tensor, Tensor]]:
         """Iterate over all batches of all epochs, each of so many heads."""
@@ -88,10 +88,12 @@ def train_alone(head: nn.Module, rates: Rates, training: Training, advance: Adva
     """Train one head."""
     groups = optim.parameter_groups(head.named_parameters(), name="head", lr=rates.lr)
     optimizer = AdamW(groups, weight_decay=rates.weight_decay)
-    schedule = optim.warmup_cosine(optimizer, training.total_steps())
+    total = training.total_steps()
+    schedule = optim.warmup_cosine(optimizer, total)
     head.train()
-    with seeded(training.seed, "training"):
-        for features, target in training.steps(1, advance):
+    with seeded(training.seed):
+        for step, (features, target) in enumerate(training.steps(1, advance)):
+            seed_torch(training.seed, "step", step, step % (total // training.epochs), 0)
             loss = training.loss(head(features), target)
             optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]  # torch gives it no types
