@@ -6,6 +6,9 @@ import pytest
 
 from tests.ranks import run_on_ranks
 from tl_lightning.cli import main
+from tl_lightning.data import ImageFolderDataModule
+from tl_lightning.features import DamagedStoreError, content_keys
+from tl_lightning.features.files import Block
 from tl_lightning.modules import TransferClassifier
 
 TINY = ["--backbone=tests.doubles.TinyBackbone", "--trainer.accelerator=cpu"]
@@ -51,7 +54,9 @@ def test_extract_leaves_a_fit_nothing_to_compute(
     )
     assert not (tmp_path / "runs").exists()
     main(["extract", *cached(photos, tmp_path, *STAGED)])
-    assert "images in" not in said(capsys)
+    text = said(capsys)
+    assert "images in" not in text
+    assert "images 41, all stored and sound" in text
 
     main(["fit", *cached(photos, tmp_path, *STAGED, "--test_after_fit=true")])
     text = said(capsys)
@@ -112,6 +117,26 @@ def test_extract_on_two_ranks(photos: Path, tmp_path: Path) -> None:
         1,
         1,
     ]
+
+
+@pytest.mark.parametrize("command", [["extract"], ["fit", "--test_after_fit=true"]])
+def test_damage_is_noticed_before_anything_is_trained(
+    command: list[str], photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Wherever it lies: that of a test image would otherwise be noticed after hours."""
+    monkeypatch.setattr("tl_lightning.features.store.BLOCK", 1)
+    main(["extract", *cached(photos, tmp_path)])
+    tested = ImageFolderDataModule(str(photos)).splits["test"].files[0]
+    key = content_keys([photos / tested])[0]
+    (shard,) = (tmp_path / "cache").glob(f"*/{Block(((key, tested),)).file}")
+    sound = shard.read_bytes()
+    shard.write_bytes(sound[:-1] + bytes([sound[-1] ^ 1]))
+    with pytest.raises(DamagedStoreError, match=shard.name + ".*and its 1 row alone"):
+        main([command[0], *cached(photos, tmp_path, "--trainer.max_epochs=1", *command[1:])])
+    assert not list(tmp_path.glob("runs/*/checkpoints/*"))
+    shard.unlink()
+    main(["extract", *cached(photos, tmp_path)])
+    assert shard.read_bytes() == sound
 
 
 @pytest.mark.parametrize("below", ["", "/deeper"])

@@ -32,7 +32,8 @@ class TransferTrainer(Trainer):
         """
         data = cached(datamodule, "extract stores what CachedFeaturesDataModule serves")
         compute(self, model, data)
-        print_table("extracted", {"features": data.describe(), "folder": str(data.stored.cache_dir)})
+        rows = {"features": data.describe(), "images": f"{data.images.contents.num_images:,}, all stored and sound"}
+        print_table("extracted", rows | {"folder": str(data.stored.cache_dir)})
 
     def sweep(
         self,

@@ -136,7 +136,7 @@ def test_every_change_is_caught_by_name(root: Path, tmp_path: Path) -> None:
     assert later == made.recipe
 
     fresh = store(tmp_path / "cache", cropped, "layer2")
-    assert "none are stored that fit, since preprocessing is" in describe_gaps(fresh, names_in(root))
+    assert describe_gaps(fresh, names_in(root)) == "those that are stored there stay, and differ in preprocessing"
 
 
 def test_changed_and_new_images_are_computed_alone(root: Path, tmp_path: Path) -> None:
@@ -196,8 +196,10 @@ def test_a_shard_that_was_cut_short_is_computed_anew(root: Path, tmp_path: Path)
     fill(root, [made])
     before = contents(made.folder)
     for manifest_is_lost in (False, True):
+        assert describe_gaps(made, names_in(root)) == ""
         shard = made.folder / made.blocks[1].file
         shard.write_bytes(shard.read_bytes()[:-100])
+        assert describe_gaps(made, names_in(root)) == "the shards of 16 are missing or cut short"
         if manifest_is_lost:
             (made.folder / "manifest.json").unlink()
         seen: list[str] = []

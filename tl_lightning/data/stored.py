@@ -42,13 +42,16 @@ class StoredImages:
         self.dtype = dtype
         self.views = views
         self._keys: dict[str, str] = {}
+        self._stores: dict[str, FeatureStore] = {}
 
     def forget(self) -> None:
         """Look at the files again the next time."""
-        self._keys = {}
+        self._keys, self._stores = {}, {}
 
     def complete(self, network: Backbone, boundaries: Sequence[str]) -> None:
         """Compute and store what is not stored yet, in one pass over the images for all boundaries; on all ranks.
+
+        What is stored is checked, for it may be needed only after hours of training.
 
         Args:
             network: The backbone, where it shall run.
@@ -56,6 +59,7 @@ class StoredImages:
 
         Raises:
             OSError: There is too little space, or nothing can be written there.
+            DamagedStoreError: A shard is not what was written.
             ValueError: An image cannot be read, or an activation does not fit into the type.
         """
         splits = self.images.splits
@@ -71,8 +75,9 @@ class StoredImages:
         for names, augmented in ((plain, False), (drawn, True)):
             if not names:
                 continue
+            stores = [self._store(network, boundary, augmented) for boundary in boundaries]
             try:
-                self._extract(network, [self._store(network, b, augmented) for b in boundaries], names)
+                self._extract(network, stores, names)
             except OSError as error:
                 if error.errno in _NO_ROOM or _is_in(error.filename, self.cache_dir):
                     raise OSError(
@@ -80,6 +85,10 @@ class StoredImages:
                         "cache_dir, a folder that can be written to"
                     ) from error
                 raise
+            rank, world = rank_and_world()
+            with all_or_none():
+                for store in stores:
+                    store.check(list(names), share=slice(rank, None, world))
 
     def rows(
         self, network: Backbone, boundary: str, files: Sequence[str], view: int | None, device: torch.device
@@ -121,7 +130,11 @@ class StoredImages:
         recipe = recipe_of(
             network, boundary, background=self.images.background, augmentation=augmentation, dtype=self.dtype
         )
-        return FeatureStore(self.cache_dir / recipe.folder, recipe)
+        if recipe.folder in self._stores:
+            self._stores[recipe.folder].reload()
+        else:
+            self._stores[recipe.folder] = FeatureStore(self.cache_dir / recipe.folder, recipe)
+        return self._stores[recipe.folder]
 
     def _extract(self, network: Backbone, stores: Sequence[FeatureStore], names: dict[str, str]) -> None:
         images = _Images(self.images, {key: file for file, key in self._content().items()}, network.preprocessing)

@@ -4,11 +4,13 @@ from collections.abc import Mapping
 
 from tl_lightning.features.estimate import advice, free_space, gigabytes, row_bytes
 from tl_lightning.features.files import Layout
+from tl_lightning.features.recipe import Recipe
 from tl_lightning.features.store import FeatureStore, recipes_in
 from tl_lightning.freezing import HEAD, MAP
 from tl_lightning.messages import short_path
 
 _SHOWN = 3
+_SHORT = 24
 
 
 def name_of(boundary: str) -> str:
@@ -23,11 +25,13 @@ def describe_gaps(store: FeatureStore, names: Mapping[str, str]) -> str:
         store: Where they belong.
         names: Of the rows wanted, by key.
     """
-    if not len(store):
+    if not store.blocks:
         recipes = [r for r in recipes_in(store.folder.parent) if r.boundary == store.recipe.boundary]
-        others = [store.recipe.differences(recipe) for recipe in recipes]
-        nearest = min(others, key=len, default=[])
-        return f"none are stored that fit, since {'; '.join(nearest)}" if nearest else ""
+        nearest = min((_differing(store.recipe, recipe) for recipe in recipes), key=len, default={})
+        if not nearest or nearest.keys() >= {"backbone", "weights"}:  # those of another network are no news
+            return ""
+        fields = (f"{name} ({value})" if len(value) <= _SHORT else name for name, value in nearest.items())
+        return f"those that are stored there stay, and differ in {' and '.join(fields)}"
     before = {name for block in store.blocks for _, name in block.names}
     lacking = [name for key, name in names.items() if key not in store]
     changed = [name for name in lacking if name in before]
@@ -37,7 +41,14 @@ def describe_gaps(store: FeatureStore, names: Mapping[str, str]) -> str:
         for what, group in (("changed", changed), ("new", new))
         if group
     ]
-    return f"computed anew for images: {' and '.join(parts)}" if parts else ""
+    lost = sum(len(block.names) for block in store.blocks if not store.is_written(block))
+    anew = [f"computed anew for images: {' and '.join(parts)}"] if parts else []
+    return "; ".join(anew + [f"the shards of {lost:,} are missing or cut short"] * (lost > 0))
+
+
+def _differing(recipe: Recipe, other: Recipe) -> dict[str, str]:
+    """Return the fields in which another recipe differs, with its values."""
+    return {name: str(its) for name, mine, its in zip(recipe._fields, recipe, other, strict=True) if mine != its}
 
 
 def describe_plan(store: FeatureStore, layout: Layout, rows: int, names: Mapping[str, str], seconds: float) -> str:
@@ -52,10 +63,11 @@ def describe_plan(store: FeatureStore, layout: Layout, rows: int, names: Mapping
     """
     shape = " x ".join(map(str, layout.shape))
     size = rows * row_bytes(layout, store.recipe.dtype)
+    there = f"; the other {len(names) - rows:,} are there" if rows < len(names) else ""
     further = [describe_gaps(store, names), advice(layout, store.recipe.dtype, len(names), seconds)]
     return (
         f"storing {name_of(store.recipe.boundary)}, {shape} {store.recipe.dtype}, of {rows:,} images: {gigabytes(size)} of "
-        f"{gigabytes(free_space(store.folder))} free, in {short_path(store.folder)}"
+        f"{gigabytes(free_space(store.folder))} free, in {short_path(store.folder)}{there}"
         + "".join(f"; {text}" for text in further if text)
     )
 

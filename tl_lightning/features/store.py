@@ -74,6 +74,7 @@ class FeatureStore:
         """
         manifest = read_manifest(self.folder)
         if manifest is None:
+            self.layout, self.blocks, self._digests, self._places = None, (), {}, {}
             return
         if manifest.recipe != self.recipe:
             differences = "; ".join(self.recipe.differences(manifest.recipe))
@@ -103,6 +104,15 @@ class FeatureStore:
             DamagedStoreError: A shard is missing, or is not what was written.
         """
         return {number: self._shard(number) for number in sorted({self._places[key][0] for key in keys})}
+
+    def check(self, keys: Sequence[str], share: slice = slice(None)) -> None:
+        """Look whether the shards that hold these rows are sound, or whether a share of these shards is.
+
+        Raises:
+            DamagedStoreError: A shard is missing, or is not what was written.
+        """
+        for number in sorted({self._places[key][0] for key in keys})[share]:
+            self._shard(number)
 
     def place(self, key: str) -> tuple[int, int]:
         """Return the shard of a row, and its place in it."""
@@ -142,14 +152,16 @@ class FeatureStore:
     def _shard(self, number: int) -> Shard:
         file = self.blocks[number].file
         path = self.folder / file
+        count = len(self.blocks[number].names)
+        rows = f"{count} row{'s' * (count > 1)}"
         if not path.is_file():
             raise DamagedStoreError(
-                f"the shard {str(path)!r} is missing; run again, and its rows alone are computed anew"
+                f"the shard {str(path)!r} is missing; run again, and its {rows} alone are computed anew"
             )
         if file not in self._sound and file_digest(path) != self._digests[file]:
             raise DamagedStoreError(
                 f"the shard {str(path)!r} is not what was written, by its SHA-256; remove this file and run again, and its "
-                f"{len(self.blocks[number].names)} rows alone are computed anew"
+                f"{rows} alone are computed anew"
             )
         self._sound.add(file)
         shard: Shard = np.load(path, mmap_mode="r", allow_pickle=False)
