@@ -101,7 +101,7 @@ def _refused(capsys: pytest.CaptureFixture[str], *args: str) -> str:
         ),
         (
             ["--model.optimizer.lr=0.1"],
-            "has no class to go to: name the class before it, with --model.optimizer CLASS\nThe learning rate is --model.lr",
+            "has no class to go to: name the class before it, as in --model.optimizer CLASS --model.optimizer.lr ...\nThe learning rate is --model.lr",
             "fit --help",
         ),
     ],

@@ -106,7 +106,7 @@ def _of_class(cls: type, place: str, message: str, given: dict[str, Any], option
         wrong = ", ".join(repr(name) for name in given if name not in ("class_path", "init_args", "dict_kwargs"))
         return f"{wrong} stands beside class_path in the configuration: put it under init_args"
     if cls in _PLACES.values():
-        text = f"--{place}.{strange} has no class to go to: name the class before it, with --{place} CLASS"
+        text = f"--{place}.{strange} has no class to go to: name the class before it, as in --{place} CLASS --{place}.{strange} ..."
         return text + (f"\nThe learning rate is --{place.partition('.')[0]}.lr" if strange == "lr" else "")
     text = _no_option(cls.__name__, strange, options)
     if "did you mean" in text or place not in _SPOKEN_FOR:

@@ -108,4 +108,6 @@ def check_unseen(then: Provenance, now: Provenance, scored: Tensor, root: Path) 
 def _why(then: Provenance, now: Provenance) -> str:
     if now["seed"] != then["seed"]:
         return f"the split was drawn from seed {then['seed']} then and from {now['seed']} now; give that seed"
+    if now["images"] == then["images"]:
+        return "it is the same folder, divided in other shares; leave val_fraction and test_fraction as they were"
     return "images, or the shares of the splits, have changed since; restore them, or give folders for the splits"
