@@ -23,9 +23,10 @@ from tl_lightning.evaluation import Interval, share
 from tl_lightning.extracting import compute
 from tl_lightning.freezing import HEAD
 from tl_lightning.modules import TransferClassifier
+from tl_lightning.sweep.candidate import Candidate, Source
 from tl_lightning.sweep.candidates import classifier_of
 from tl_lightning.sweep.report import print_found, write_table
-from tl_lightning.sweep.search import Candidate, Found, Samples, Source, search, work
+from tl_lightning.sweep.search import Found, Samples, search, work
 
 _OF_TRAINING = (BaseFinetuning, EarlyStopping, GradientAccumulationScheduler, Timer, WeightAveraging)
 _SPLITS = ("train", "val")

@@ -11,7 +11,8 @@ from tests.heads.test_logistic import samples
 from tl_lightning.data.order import EpochBatches
 from tl_lightning.evaluation import share
 from tl_lightning.heads import LinearHead, MLPHead
-from tl_lightning.sweep.search import WHOLE, Candidate, Found, Samples, search
+from tl_lightning.sweep.candidate import WHOLE, Candidate
+from tl_lightning.sweep.search import Found, Samples, search
 from tl_lightning.sweep.training import Rates
 
 GRID = [Candidate(LinearHead, Rates(lr, decay)) for lr in (1e-4, 1e-3, 1e-2, 1e-1) for decay in (0.0, 0.1, 1.0)]

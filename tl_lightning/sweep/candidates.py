@@ -15,7 +15,7 @@ from tl_lightning.heads import FittedHead, HeadCallable, LinearHead, check_maker
 from tl_lightning.makeup import as_factory, class_path, describe
 from tl_lightning.messages import unknown
 from tl_lightning.modules import CustomHeadClassifier, LinearProbe, TransferClassifier
-from tl_lightning.sweep.search import Candidate
+from tl_lightning.sweep.candidate import Candidate
 from tl_lightning.sweep.training import Rates
 
 OPTIONS = ("lr", "weight_decay", "heads", "boundaries", "folds")
