@@ -27,7 +27,6 @@ STRATEGIES = {
     "partial fine-tuning, last two stages": [*STAGED, "--model.unfreeze_from=2", "--trainer.callbacks=[]"],
     "full fine-tuning": [*STAGED, "--model.unfreeze_from=stem", "--trainer.callbacks=[]"],
     "staged unfreezing": STAGED,
-    "staged unfreezing at 1e-3, guarded": [*STAGED, "--model.backbone_lr=1e-3", "--trainer.callbacks+=ProbeFallback"],
 }
 FIELDS = ("strategy", "seed", "accuracy", "f1", "seconds", "parameters")
 
