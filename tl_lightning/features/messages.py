@@ -82,4 +82,5 @@ def describe(rows: int, seconds: float, error: float, dtype: str) -> str:
         dtype: The type.
     """
     by_type = f"; relative error by {dtype} {error:.1e}" if error else ""
-    return f"{rows:,} images in {seconds:.0f} s ({rows / max(seconds, 1e-9):.2g} a second){by_type}"
+    rate = rows / max(seconds, 1e-9)
+    return f"{rows:,} images in {seconds:.0f} s ({rate:,.{0 if rate >= 10 else 1}f} a second){by_type}"
