@@ -492,6 +492,17 @@ def test_help_costs_little_more_than_importing_lightning() -> None:
     assert seconds["fit"] < 1.2 * seconds["lightning"], seconds
 
 
+@pytest.mark.parametrize("words", [["sweep", "--help"], ["fit", "--model.help", "CustomHeadClassifier"]])
+def test_help_lists_heads_and_not_all_modules(words: list[str]) -> None:
+    text = subprocess.run(  # noqa: S603 - our own words
+        [sys.executable, "-m", "tl_lightning", *words], check=True, capture_output=True, text=True
+    ).stdout
+    for head in ("LinearHead", "MLPHead", "CosineHead", "ConvHead"):
+        assert f".{head}" in text
+    assert "torchvision.models" not in text
+    assert len(text.splitlines()) < 600
+
+
 def test_help_reads_well() -> None:
     help_text = subprocess.run(
         [sys.executable, "-m", "tl_lightning", "fit", "--help"], check=True, capture_output=True, text=True

@@ -18,6 +18,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from tl_lightning.backbones import Backbone
 from tl_lightning.data import CachedFeaturesDataModule, ImageFolderDataModule
+from tl_lightning.help import Help
 from tl_lightning.messages import unknown
 from tl_lightning.modules import TransferClassifier
 
@@ -55,7 +56,8 @@ class Parser(LightningArgumentParser):
     """What was called, with its subcommand."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **{"prog": "tl-lightning"} | kwargs)
+        own: dict[str, Any] = {"prog": "tl-lightning", "formatter_class": Help}
+        super().__init__(*args, **own | kwargs)
         self._made_for: type | None = None
         self._given: dict[str, Any] = {}
 
