@@ -60,12 +60,34 @@ def eval_transform(preprocessing: Preprocessing) -> v2.Compose:
     Returns:
         A callable from a uint8 image (3, H, W) to a float image (3, h, w), ``(h, w)`` being the crop's shape.
     """
+    return v2.Compose([*eval_geometry(preprocessing).transforms, *to_input(preprocessing).transforms])
+
+
+def eval_geometry(preprocessing: Preprocessing) -> v2.Compose:
+    """Build the first half of :func:`eval_transform`.
+
+    Returns:
+        A callable from a uint8 image (3, H, W) to a uint8 image (3, h, w), ``(h, w)`` being the crop's shape.
+    """
     size = preprocessing.size if isinstance(preprocessing.size, int) else list(preprocessing.size)
     return v2.Compose(
         [
             v2.Resize(size, interpolation=InterpolationMode(preprocessing.interpolation), antialias=True),
             v2.CenterCrop(list(preprocessing.crop_shape)),
-            *_to_input(preprocessing),
+        ]
+    )
+
+
+def to_input(preprocessing: Preprocessing) -> v2.Compose:
+    """Build the second half of :func:`eval_transform`, which does the same to a whole batch as to each of its images.
+
+    Returns:
+        A callable from uint8 images (..., 3, h, w) to float images of that shape, scaled and normalised.
+    """
+    return v2.Compose(
+        [
+            v2.ToDtype(torch.float32, scale=True),
+            v2.Normalize(mean=list(preprocessing.mean), std=list(preprocessing.std)),
         ]
     )
 
@@ -102,13 +124,6 @@ def train_transform(preprocessing: Preprocessing, flip: Flip = "horizontal", min
                 antialias=True,
             ),
             *(step() for step in _FLIPS[flip]),
-            *_to_input(preprocessing),
+            *to_input(preprocessing).transforms,
         ]
     )
-
-
-def _to_input(preprocessing: Preprocessing) -> list[torch.nn.Module]:
-    return [
-        v2.ToDtype(torch.float32, scale=True),
-        v2.Normalize(mean=list(preprocessing.mean), std=list(preprocessing.std)),
-    ]

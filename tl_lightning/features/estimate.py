@@ -1,6 +1,7 @@
 """Whether features can be stored, and whether it pays."""
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -15,6 +16,7 @@ RESIDENT_SHARE = 0.5
 
 _MEMORY_RATE = 5_000_000_000  # bytes a second, of one core that copies rows at random
 _DISK_RATE = 500_000_000  # bytes a second, of an ordinary solid-state disk
+_FASTEST_S = 50e-6  # for an image, of any network on any device
 _SPARE_BYTES = 1 << 28  # for manifests, checkpoints and whatever else is written meanwhile
 
 
@@ -57,22 +59,22 @@ def gigabytes(size: int) -> str:
     return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
 
 
-def advice(layout: Layout, dtype: str, rows: int, seconds: float) -> str:
+def advice(layout: Layout, dtype: str, rows: int, seconds: Callable[[], float]) -> str:
     """Say so where reading rows back takes as long as computing them again; else nothing.
 
     Args:
         layout: Of a row.
         dtype: In which rows are stored.
         rows: How many there are.
-        seconds: That the network takes for a row.
+        seconds: Measures what the network takes for a row; not called where the answer is plain without.
     """
     size = row_bytes(layout, dtype)
     fits = rows * size <= RESIDENT_SHARE * free_memory(torch.device("cpu"))
     place, rate = ("memory", _MEMORY_RATE) if fits else ("disk, since memory cannot hold them all,", _DISK_RATE)
     reading = size / rate
-    if reading <= seconds / 2:
+    if reading <= _FASTEST_S / 2 or reading <= (computing := seconds()) / 2:
         return ""
     return (
         f"this will hardly pay: {gigabytes(size)} an image take {1000 * reading:.2f} ms from {place} at {gigabytes(rate)}/s, and "
-        f"the network {1000 * seconds:.2f} ms; store a later boundary, or train on the images themselves"
+        f"the network {1000 * computing:.2f} ms; store a later boundary, or train on the images themselves"
     )

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -78,7 +79,7 @@ def extract(
                 rows = sum(len(block.names) for block in gaps)
                 check_space(store, layouts[store.recipe.boundary], rows)
                 if say is not None and rows:
-                    seconds = _seconds(backbone, store.recipe.boundary)
+                    seconds = partial(_seconds, backbone, store.recipe.boundary)
                     say(describe_plan(store, layouts[store.recipe.boundary], rows, names, seconds))
             error = _compute(backbone, stores, missing, blocks[rank::world], layouts, load, say is not None)
         with all_or_none():
@@ -157,7 +158,9 @@ def _compute(
             made: dict[str, list[torch.Tensor]] = {boundary: [] for boundary in boundaries}
             for _ in range(0, len(block.keys), BATCH):
                 batch = next(images)
-                filled = torch.cat([batch, batch.new_zeros(BATCH - len(batch), *batch.shape[1:])]).to(like)
+                filled = batch.to(like)
+                if len(batch) < BATCH:
+                    filled = torch.cat([filled, filled.new_zeros(BATCH - len(batch), *filled.shape[1:])])
                 for boundary, rows in activations(backbone, filled, boundaries).items():
                     made[boundary].append(layouts[boundary].to_disk(rows[: len(batch)]).cpu())
                 progress.advance(bar, len(batch))

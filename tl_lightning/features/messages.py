@@ -1,6 +1,6 @@
 """What is said about stored features."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from tl_lightning.features.estimate import advice, free_space, gigabytes, row_bytes
 from tl_lightning.features.files import Layout
@@ -51,7 +51,9 @@ def _differing(recipe: Recipe, other: Recipe) -> dict[str, str]:
     return {name: str(its) for name, mine, its in zip(recipe._fields, recipe, other, strict=True) if mine != its}
 
 
-def describe_plan(store: FeatureStore, layout: Layout, rows: int, names: Mapping[str, str], seconds: float) -> str:
+def describe_plan(
+    store: FeatureStore, layout: Layout, rows: int, names: Mapping[str, str], seconds: Callable[[], float]
+) -> str:
     """Say what is going to be written, why, and whether it pays.
 
     Args:
@@ -59,7 +61,7 @@ def describe_plan(store: FeatureStore, layout: Layout, rows: int, names: Mapping
         layout: Of a row.
         rows: How many there are to write.
         names: Of the rows wanted, by key.
-        seconds: That the network takes for a row.
+        seconds: Measures what the network takes for a row.
     """
     shape = " x ".join(map(str, layout.shape))
     size = rows * row_bytes(layout, store.recipe.dtype)
