@@ -14,7 +14,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from tests.doubles import DropoutProbe, TinyBackbone, save_image
 from tests.ranks import run_on_ranks
 from tests.staged import SCHEDULE, images, trainer
-from tl_lightning.backbones import Backbone
+from tl_lightning.backbones import Backbone, TorchvisionBackbone
 from tl_lightning.batch import Batch
 from tl_lightning.callbacks import EMA, StagedUnfreezing
 from tl_lightning.data import CachedFeaturesDataModule
@@ -253,6 +253,19 @@ def test_served_without_a_trainer(photos: Path, tmp_path: Path) -> None:
     assert torch.equal(batch.inputs, backbone(expected.inputs))
     assert batch.boundary == "head"
     assert torch.equal(batch.target, expected.target)
+
+
+def test_without_a_classifier_the_same_bits_are_stored(photos: Path, tmp_path: Path) -> None:
+    rows = []
+    for classified in (False, True):
+        torch.manual_seed(0)
+        backbone = TorchvisionBackbone("resnet18", weights=None, image_size=64).eval()
+        if classified:
+            LinearProbe(backbone, 3)
+        data = cached(photos, tmp_path / str(classified), backbone)
+        data.setup("fit")
+        rows.append(torch.cat([batch.inputs for batch in data.val_dataloader()]))
+    assert torch.equal(*rows)
 
 
 def test_weights_that_are_loaded_after_setup_are_noticed(photos: Path, tmp_path: Path) -> None:
