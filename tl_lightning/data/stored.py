@@ -18,7 +18,6 @@ from tl_lightning.data.image_loader import load_in_order
 from tl_lightning.features import FeatureStore, StoredRows, content_keys, extract, recipe_of
 from tl_lightning.features.together import all_or_none, from_all, rank_and_world
 from tl_lightning.images import read_image
-from tl_lightning.memory import keep_freed_memory
 from tl_lightning.transforms import Preprocessing, eval_geometry, to_input
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
@@ -140,11 +139,6 @@ class StoredImages:
     def _extract(self, network: Backbone, stores: Sequence[FeatureStore], names: dict[str, str]) -> None:
         images = _Images(self.images, {key: file for file, key in self._content().items()}, network.preprocessing)
         device = next(network.parameters()).device
-        if device.type == "cpu":
-            keep_freed_memory()
-        network.to(
-            memory_format=torch.channels_last
-        )  # as a classifier does: otherwise these were other bits, and slower
         finish = to_input(network.preprocessing)
 
         def load(keys: Sequence[Sequence[str]]) -> Iterator[Tensor]:

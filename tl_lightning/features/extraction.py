@@ -16,6 +16,7 @@ from tl_lightning.features.messages import describe, describe_plan
 from tl_lightning.features.store import FeatureStore
 from tl_lightning.features.together import all_or_none, from_all, from_first, locked, rank_and_world
 from tl_lightning.freezing import as_frozen, evaluating
+from tl_lightning.memory import keep_freed_memory
 
 BATCH = 32
 """Images that go through the network together, always as many: kernels compute in another order for other sizes."""
@@ -48,7 +49,7 @@ def extract(
     this, each computes whole shards, and they come back when all are done.
 
     Args:
-        backbone: The network, where it shall run.
+        backbone: The network, where it shall run. Its convolutions get the memory layout that a classifier gives them.
         stores: Of this backbone, at its boundaries.
         names: Of the rows wanted, by key: the order in which new ones are computed.
         load: Loads images.
@@ -66,6 +67,9 @@ def extract(
     if from_first(all(_is_complete(store, names) for store in stores)):
         return Extracted(0, 0.0, 0.0)
     stores = sorted(stores, key=lambda store: store.folder)
+    backbone.to(memory_format=torch.channels_last)  # in another layout, these would be other bits under the same name
+    if next(backbone.parameters()).device.type == "cpu":
+        keep_freed_memory()
     error = 0.0
     with locked([store.lock for store in stores], f"computing features in {stores[0].folder}"):
         with all_or_none():
