@@ -11,7 +11,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from tests.doubles import DropoutProbe, TinyBackbone, save_image
+from tests.doubles import Block, DropoutProbe, TinyBackbone, save_image
 from tests.ranks import run_on_ranks
 from tests.staged import SCHEDULE, images, trainer
 from tl_lightning.backbones import Backbone, TorchvisionBackbone
@@ -277,6 +277,25 @@ def test_weights_that_are_loaded_after_setup_are_noticed(photos: Path, tmp_path:
     plain = images(photos)
     plain.setup("fit")
     assert torch.equal(next(iter(loader)).inputs, backbone(next(iter(plain.val_dataloader())).inputs))
+
+
+def test_code_that_was_edited_is_noticed(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def served() -> torch.Tensor:
+        data = cached(photos, tmp_path / "cache", TinyBackbone().eval())
+        data.setup("fit")
+        return next(iter(data.val_dataloader())).inputs
+
+    first = served()
+    assert "by other code" not in capsys.readouterr().out
+    forward = Block.forward
+    monkeypatch.setattr(Block, "forward", lambda self, inputs: forward(self, inputs) * 1.1)
+    assert not torch.equal(served(), first)
+    assert "those that are stored there stay, and were made by other code" in " ".join(capsys.readouterr().out.split())
+    monkeypatch.undo()
+    assert torch.equal(served(), first)
+    assert capsys.readouterr().out == ""
 
 
 def test_an_image_that_changes_meanwhile_is_not_stored(

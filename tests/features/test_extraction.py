@@ -135,7 +135,7 @@ def die_at(number: int, root: Path, cache: Path) -> None:
 
 def test_killed_before_every_write(root: Path, tmp_path: Path, in_peace: dict[str, dict[str, bytes]]) -> None:
     writes = sum(len(files) for files in in_peace.values())
-    assert writes == 2 * (6 + 1)
+    assert writes == 2 * (6 + 2)  # shards, response, manifest
     cache = tmp_path / "cache"
     for number in range(1, 2 * writes + 2 * 6 + 1):  # within a shard, before it is flushed, before it is renamed
         cache = tmp_path / f"cache{number}"

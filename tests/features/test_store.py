@@ -14,7 +14,15 @@ from torch import Tensor
 
 from tests.doubles import TINY, TinyBackbone, image_folder, save_image
 from tests.features.images import contents, fill, names_in, store
-from tl_lightning.features import DamagedStoreError, FeatureStore, StaleStoreError, StoredRows, estimate, recipe_of
+from tl_lightning.features import (
+    DamagedStoreError,
+    FeatureStore,
+    StaleStoreError,
+    StoredRows,
+    estimate,
+    folder_for,
+    recipe_of,
+)
 from tl_lightning.features.files import Layout
 from tl_lightning.features.messages import describe_gaps
 from tl_lightning.images import read_image
@@ -137,6 +145,52 @@ def test_every_change_is_caught_by_name(root: Path, tmp_path: Path) -> None:
 
     fresh = store(tmp_path / "cache", cropped, "layer2")
     assert describe_gaps(fresh, names_in(root)) == "those that are stored there stay, and differ in preprocessing"
+
+
+def edited(factor: float = 1.01) -> TinyBackbone:
+    """The same network in all that it says of itself, by other code."""
+    backbone = TinyBackbone()
+    stem = backbone.get_submodule("model.stem.norm")
+    stem.register_forward_hook(lambda _, args, output: output * factor)
+    return backbone
+
+
+@pytest.mark.parametrize("boundary", ["head", "layer2", "map"])
+def test_other_code_has_a_store_of_its_own(root: Path, tmp_path: Path, boundary: str) -> None:
+    cache, keys = tmp_path / "cache", list(names_in(root))
+    made = store(cache, TinyBackbone(), boundary)
+    assert folder_for(cache, TinyBackbone(), made.recipe) == made.folder
+    fill(root, [made])
+    assert recipe_of(edited(), boundary, background=(255,) * 3) == made.recipe
+    with pytest.raises(StaleStoreError, match=f"{made.folder.name}' do not fit: .*of a test pattern .* by other code"):
+        fill(root, [store(cache, edited(), boundary)], edited())
+
+    second = FeatureStore(folder_for(cache, edited(), made.recipe), made.recipe)
+    assert second.folder != made.folder
+    assert describe_gaps(second, names_in(root)) == "those that are stored there stay, and were made by other code"
+    assert fill(root, [second], edited()).rows == 41
+    assert not torch.equal(second.read(keys), made.read(keys))
+    for backbone, its in ((TinyBackbone(), made), (edited(), second)):
+        found = FeatureStore(folder_for(cache, backbone, made.recipe), made.recipe)
+        assert found.folder == its.folder
+        assert fill(root, [found], backbone).rows == 0
+    assert folder_for(cache, edited(1.5), made.recipe) not in (made.folder, second.folder)
+
+
+def test_what_other_code_left_unfinished_is_not_taken(root: Path, tmp_path: Path) -> None:
+    made = store(tmp_path / "cache", TinyBackbone())
+    fill(root, [made])
+    (made.folder / "manifest.json").unlink()  # as if it had been killed before
+    found = FeatureStore(folder_for(tmp_path / "cache", edited(), made.recipe), made.recipe)
+    assert found.folder != made.folder
+    assert fill(root, [found], edited()).rows == 41
+
+
+def test_rounding_is_no_other_code(root: Path, tmp_path: Path) -> None:
+    made = store(tmp_path / "cache", TinyBackbone())
+    fill(root, [made])
+    for rounded in (edited(1 + 1e-6), TinyBackbone().to(memory_format=torch.channels_last)):
+        assert folder_for(tmp_path / "cache", rounded, made.recipe) == made.folder
 
 
 def test_changed_and_new_images_are_computed_alone(root: Path, tmp_path: Path) -> None:

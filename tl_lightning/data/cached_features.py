@@ -17,7 +17,7 @@ from tl_lightning.data.loader import EpochLoader
 from tl_lightning.data.provenance import Provenance
 from tl_lightning.data.resumable import ResumableDataModule
 from tl_lightning.data.stored import StoredImages
-from tl_lightning.features import StoredRows, check_dtype
+from tl_lightning.features import StoredRows, check_dtype, like
 from tl_lightning.features.messages import name_of
 from tl_lightning.freezing import HEAD
 from tl_lightning.transforms import Preprocessing
@@ -220,7 +220,7 @@ class CachedFeaturesDataModule(ResumableDataModule):
     def _device(self) -> torch.device:
         if self.trainer is not None:
             return self.trainer.strategy.root_device
-        return next(self.network.parameters()).device
+        return like(self.network).device
 
 
 def images_of(data: object) -> ImageFolderDataModule | None:

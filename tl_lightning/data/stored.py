@@ -15,7 +15,7 @@ from tl_lightning.chance import seeded
 from tl_lightning.data.folder import TRAIN
 from tl_lightning.data.image_folder import ImageFolderDataModule
 from tl_lightning.data.image_loader import load_in_order
-from tl_lightning.features import FeatureStore, StoredRows, content_keys, extract, recipe_of
+from tl_lightning.features import FeatureStore, StoredRows, content_keys, extract, folder_for, like, recipe_of
 from tl_lightning.features.together import all_or_none, from_all, rank_and_world
 from tl_lightning.images import read_image
 from tl_lightning.transforms import Preprocessing, eval_geometry, to_input
@@ -42,7 +42,7 @@ class StoredImages:
         self.dtype = dtype
         self.views = views
         self._keys: dict[str, str] = {}
-        self._stores: dict[str, FeatureStore] = {}
+        self._stores: dict[Path, FeatureStore] = {}
 
     def forget(self) -> None:
         """Look at the files again the next time."""
@@ -130,15 +130,16 @@ class StoredImages:
         recipe = recipe_of(
             network, boundary, background=self.images.background, augmentation=augmentation, dtype=self.dtype
         )
-        if recipe.folder in self._stores:
-            self._stores[recipe.folder].reload()
+        folder = folder_for(self.cache_dir, network, recipe)
+        if folder in self._stores:
+            self._stores[folder].reload()
         else:
-            self._stores[recipe.folder] = FeatureStore(self.cache_dir / recipe.folder, recipe)
-        return self._stores[recipe.folder]
+            self._stores[folder] = FeatureStore(folder, recipe)
+        return self._stores[folder]
 
     def _extract(self, network: Backbone, stores: Sequence[FeatureStore], names: dict[str, str]) -> None:
         images = _Images(self.images, {key: file for file, key in self._content().items()}, network.preprocessing)
-        device = next(network.parameters()).device
+        device = like(network).device
         finish = to_input(network.preprocessing)
 
         def load(keys: Sequence[Sequence[str]]) -> Iterator[Tensor]:

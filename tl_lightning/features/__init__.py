@@ -1,8 +1,9 @@
 """Features on disk: what is frozen is computed once."""
 
-from tl_lightning.features.extraction import Extracted, extract
+from tl_lightning.features.extraction import Extracted, extract, folder_for
 from tl_lightning.features.files import DamagedStoreError, StaleStoreError
 from tl_lightning.features.recipe import Recipe, check_dtype, content_keys, recipe_of
+from tl_lightning.features.response import like
 from tl_lightning.features.rows import StoredRows
 from tl_lightning.features.store import FeatureStore
 
@@ -16,5 +17,7 @@ __all__ = [
     "check_dtype",
     "content_keys",
     "extract",
+    "folder_for",
+    "like",
     "recipe_of",
 ]

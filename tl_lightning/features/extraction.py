@@ -1,8 +1,10 @@
 """Compute the rows that stores lack: each rank its share, in whole shards."""
 
+import itertools
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -11,8 +13,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from tl_lightning.backbones import Backbone
 from tl_lightning.features.activations import activations
 from tl_lightning.features.estimate import check_space
-from tl_lightning.features.files import Block, Layout
+from tl_lightning.features.files import Block, Layout, read_response
 from tl_lightning.features.messages import describe, describe_plan
+from tl_lightning.features.recipe import Recipe
+from tl_lightning.features.response import Response, is_same, like, pattern_rows, response_of
 from tl_lightning.features.store import FeatureStore
 from tl_lightning.features.together import all_or_none, from_all, from_first, locked, rank_and_world
 from tl_lightning.freezing import as_frozen, evaluating
@@ -23,6 +27,23 @@ BATCH = 32
 
 Load = Callable[[Sequence[Sequence[str]]], Iterable[torch.Tensor]]
 """From the keys of each batch to the images (n, 3, H, W) of each batch, in the same order."""
+
+
+def folder_for(cache_dir: str | Path, backbone: Backbone, recipe: Recipe) -> Path:
+    """Return the folder of a store: where code has changed, a recipe has several, of which the code at hand has one.
+
+    Args:
+        cache_dir: Folder of the stores.
+        backbone: The network, with the weights that it has now.
+        recipe: What :func:`recipe_of` has made of it.
+
+    Raises:
+        DamagedStoreError: A file of a store cannot be read.
+    """
+    response = response_of(pattern_rows(backbone, [recipe.boundary])[recipe.boundary])
+    names = itertools.chain([recipe.folder], (f"{recipe.folder}-{number}" for number in itertools.count(2)))
+    folders = (Path(cache_dir) / name for name in names)
+    return next(folder for folder in folders if is_same(read_response(folder) or response, response))
 
 
 class Extracted(NamedTuple):
@@ -58,27 +79,33 @@ def extract(
     Raises:
         OSError: There is too little space.
         ValueError: An image cannot be read, or an activation does not fit into the store's type.
+        StaleStoreError: A store holds rows that other code made; see :func:`folder_for`.
         RuntimeError: Another rank failed, or sees another folder.
     """
     begin = time.monotonic()
     rank, world = rank_and_world()
     if rank != 0:
         say = None
-    if from_first(all(_is_complete(store, names) for store in stores)):
-        return Extracted(0, 0.0, 0.0)
-    stores = sorted(stores, key=lambda store: store.folder)
     backbone.to(memory_format=torch.channels_last)  # in another layout, these would be other bits under the same name
-    if next(backbone.parameters()).device.type == "cpu":
+    with all_or_none():
+        pattern = pattern_rows(backbone, [store.recipe.boundary for store in stores])
+        responses = {boundary: response_of(rows) for boundary, rows in pattern.items()}
+    if from_first(all(_is_complete(store, names, responses) for store in stores)):
+        return Extracted(0, 0.0, 0.0)
+    layouts = {boundary: Layout.of(rows) for boundary, rows in pattern.items()}
+    stores = sorted(stores, key=lambda store: store.folder)
+    if like(backbone).device.type == "cpu":
         keep_freed_memory()
     error = 0.0
     with locked([store.lock for store in stores], f"computing features in {stores[0].folder}"):
         with all_or_none():
             for store in stores:
                 store.reload()
+                if rank == 0:
+                    store.claim(responses[store.recipe.boundary])
         plans, missing = from_first(_plan(stores, names))
         blocks = list(dict.fromkeys(block for gaps in missing for block in gaps))
         with all_or_none():
-            layouts = _layouts(backbone, [store.recipe.boundary for store in stores])
             for store, gaps in zip(stores, missing, strict=True):
                 rows = sum(len(block.names) for block in gaps)
                 check_space(store, layouts[store.recipe.boundary], rows)
@@ -93,7 +120,7 @@ def extract(
         with all_or_none():
             for store in stores:
                 store.reload()
-            if not all(_is_complete(store, names) for store in stores):
+            if not all(_is_complete(store, names, responses) for store in stores):
                 raise RuntimeError(
                     f"the features that were just written to {str(stores[0].folder)!r} are not there for rank {rank}: give a "
                     "cache_dir that all machines share"
@@ -104,7 +131,9 @@ def extract(
     return done
 
 
-def _is_complete(store: FeatureStore, names: Mapping[str, str]) -> bool:
+def _is_complete(store: FeatureStore, names: Mapping[str, str], responses: Mapping[str, Response]) -> bool:
+    if not store.fits(responses[store.recipe.boundary]):
+        return False
     return store.plan(names) == list(store.blocks) and all(store.is_written(block) for block in store.blocks)
 
 
@@ -114,19 +143,12 @@ def _plan(stores: Sequence[FeatureStore], names: Mapping[str, str]) -> tuple[lis
     return plans, [[b for b in plan if not store.is_written(b)] for store, plan in zip(stores, plans, strict=True)]
 
 
-def _layouts(backbone: Backbone, boundaries: Sequence[str]) -> dict[str, Layout]:
-    like = next(backbone.parameters())
-    with torch.inference_mode(), as_frozen(like.device.type), evaluating(backbone):
-        images = like.new_zeros(1, 3, *backbone.preprocessing.crop_shape)
-        return {boundary: Layout.of(rows) for boundary, rows in activations(backbone, images, boundaries).items()}
-
-
 def _seconds(backbone: Backbone, boundary: str) -> float:
     """Return how long the network takes for an image, from the faster of two batches."""
-    like = next(backbone.parameters())
+    here = like(backbone)
     times = []
-    with torch.inference_mode(), as_frozen(like.device.type), evaluating(backbone):
-        images = like.new_zeros(BATCH, 3, *backbone.preprocessing.crop_shape)
+    with torch.inference_mode(), as_frozen(here.device.type), evaluating(backbone):
+        images = here.new_zeros(BATCH, 3, *backbone.preprocessing.crop_shape)
         for _ in range(2):
             begin = time.monotonic()
             activations(backbone, images, [boundary])[boundary].sum().item()  # waits for the device
@@ -144,14 +166,14 @@ def _compute(
     show: bool,
 ) -> float:
     """Compute and write blocks; return the largest error by the type of a store."""
-    like = next(backbone.parameters())
+    here = like(backbone)
     batches = [block.keys[i : i + BATCH] for block in blocks for i in range(0, len(block.keys), BATCH)]
     images = iter(load(batches))
     columns = (TextColumn("features"), BarColumn(), MofNCompleteColumn(), TextColumn("images"), TimeRemainingColumn())
     error = 0.0
     with (
         torch.inference_mode(),
-        as_frozen(like.device.type),
+        as_frozen(here.device.type),
         evaluating(backbone),
         Progress(*columns, disable=not show or not batches) as progress,
     ):
@@ -162,7 +184,7 @@ def _compute(
             made: dict[str, list[torch.Tensor]] = {boundary: [] for boundary in boundaries}
             for _ in range(0, len(block.keys), BATCH):
                 batch = next(images)
-                filled = batch.to(like)
+                filled = batch.to(here)
                 if len(batch) < BATCH:
                     filled = torch.cat([filled, filled.new_zeros(BATCH - len(batch), *filled.shape[1:])])
                 for boundary, rows in activations(backbone, filled, boundaries).items():

@@ -5,6 +5,7 @@ import json
 import math
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -14,8 +15,10 @@ from torch import Tensor
 from typing_extensions import Self
 
 from tl_lightning.features.recipe import FORMAT, Recipe
+from tl_lightning.features.response import Response
 
 MANIFEST = "manifest.json"
+RESPONSE = "response.json"
 
 
 class StaleStoreError(ValueError):
@@ -116,10 +119,40 @@ def read_manifest(folder: Path) -> Manifest | None:
     except StaleStoreError:
         raise
     except (KeyError, TypeError, ValueError) as error:
-        raise DamagedStoreError(
-            f"{str(path)!r} cannot be read ({type(error).__name__}: {error}); remove its folder and run again, and what was "
-            "in it is computed anew"
-        ) from error
+        raise DamagedStoreError(_cannot_read(path, error)) from error
+
+
+def read_response(folder: Path) -> Response | None:
+    """Return how the network responded whose rows these are; None if there are none.
+
+    Raises:
+        DamagedStoreError: The file cannot be read.
+    """
+    path = folder / RESPONSE
+    if not path.is_file():
+        return None
+    try:
+        return tuple(float(number) for number in json.loads(path.read_bytes()))
+    except (TypeError, ValueError) as error:
+        raise DamagedStoreError(_cannot_read(path, error)) from error
+
+
+def recipes_in(cache_dir: str | Path) -> list[Recipe]:
+    """Return the recipes of all complete stores in a folder; what cannot be read is passed over."""
+    found = []
+    for path in sorted(Path(cache_dir).glob(f"*/{MANIFEST}")):
+        with suppress(StaleStoreError, DamagedStoreError, OSError):
+            manifest = read_manifest(path.parent)
+            if manifest is not None:
+                found.append(manifest.recipe)
+    return found
+
+
+def _cannot_read(path: Path, error: Exception) -> str:
+    return (
+        f"{str(path)!r} cannot be read ({type(error).__name__}: {error}); remove its folder and run again, and what was in it "
+        "is computed anew"
+    )
 
 
 def is_whole(shard: Path, rows: int) -> bool:

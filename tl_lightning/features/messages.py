@@ -3,9 +3,9 @@
 from collections.abc import Callable, Mapping
 
 from tl_lightning.features.estimate import advice, free_space, gigabytes, row_bytes
-from tl_lightning.features.files import Layout
+from tl_lightning.features.files import Layout, recipes_in
 from tl_lightning.features.recipe import Recipe
-from tl_lightning.features.store import FeatureStore, recipes_in
+from tl_lightning.features.store import FeatureStore
 from tl_lightning.freezing import HEAD, MAP
 from tl_lightning.messages import short_path
 
@@ -27,6 +27,8 @@ def describe_gaps(store: FeatureStore, names: Mapping[str, str]) -> str:
     """
     if not store.blocks:
         recipes = [r for r in recipes_in(store.folder.parent) if r.boundary == store.recipe.boundary]
+        if store.recipe in recipes:
+            return "those that are stored there stay, and were made by other code"
         nearest = min((_differing(store.recipe, recipe) for recipe in recipes), key=len, default={})
         if not nearest or nearest.keys() >= {"backbone", "weights"}:  # those of another network are no news
             return ""

@@ -15,7 +15,7 @@ from tl_lightning.backbones import Backbone
 from tl_lightning.features.activations import prefix_of
 from tl_lightning.fingerprints import fingerprint
 
-FORMAT = 1
+FORMAT = 2
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 _CHUNK_BYTES = 1 << 20

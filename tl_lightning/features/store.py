@@ -5,8 +5,8 @@ shard is written under a temporary name, flushed and renamed, and the manifest i
 when, a reader sees a complete store or none. Shards never change; new rows go into new ones.
 """
 
+import json
 from collections.abc import Collection, Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from tl_lightning.features.files import (
     MANIFEST,
+    RESPONSE,
     Block,
     DamagedStoreError,
     Layout,
@@ -24,9 +25,11 @@ from tl_lightning.features.files import (
     StaleStoreError,
     is_whole,
     read_manifest,
+    read_response,
     replace,
 )
 from tl_lightning.features.recipe import DTYPES, Recipe, file_digest
+from tl_lightning.features.response import Response, is_same
 
 BLOCK = 256
 """Rows of a shard. Which rows are computed together never depends on ranks, restarts or the batch size."""
@@ -45,7 +48,7 @@ class FeatureStore:
 
     Raises:
         StaleStoreError: The folder holds rows of another recipe, or of a later format; the message names what differs.
-        DamagedStoreError: The manifest cannot be read.
+        DamagedStoreError: The manifest, or the response, cannot be read.
     """
 
     def __init__(self, folder: str | Path, recipe: Recipe) -> None:
@@ -54,6 +57,8 @@ class FeatureStore:
         self.layout: Layout | None = None
         """How rows lie; None while there are none."""
         self.blocks: tuple[Block, ...] = ()
+        self.response: Response | None = None
+        """Of the network whose rows these are; None before the first."""
         self._digests: dict[str, str] = {}
         self._places: dict[str, tuple[int, int]] = {}
         self._sound: set[str] = set()
@@ -72,6 +77,7 @@ class FeatureStore:
             StaleStoreError: It is of another recipe, or of a later format.
             DamagedStoreError: It cannot be read.
         """
+        self.response = read_response(self.folder)
         manifest = read_manifest(self.folder)
         if manifest is None:
             self.layout, self.blocks, self._digests, self._places = None, (), {}, {}
@@ -167,7 +173,28 @@ class FeatureStore:
         shard: Shard = np.load(path, mmap_mode="r", allow_pickle=False)
         return shard
 
+    def fits(self, response: Response) -> bool:
+        """Return whether rows of a network that responds so belong here."""
+        return self.response is None or is_same(self.response, response)
+
     # Writing --------------------------------------------------------------------------------------------------------
+
+    def claim(self, response: Response) -> None:
+        """Note how the network responds whose rows are to be written, before the first of them is.
+
+        Raises:
+            StaleStoreError: Another one wrote here.
+        """
+        if not self.fits(response):
+            raise StaleStoreError(
+                f"the stored features in {str(self.folder)!r} do not fit: what the network makes of a test pattern was other, "
+                "by other code of its own or of a library; give another folder, or remove this one"
+            )
+        if self.response is None:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            text = json.dumps(response).encode()
+            replace(self.folder / RESPONSE, lambda file: file.write(text))
+            self.response = response
 
     def plan(self, names: Mapping[str, str]) -> list[Block]:
         """Divide rows into blocks: stored ones stay as they are, all others follow in their order.
@@ -231,14 +258,3 @@ class FeatureStore:
             left.unlink()
         replace(self.folder / MANIFEST, lambda file: file.write(text))
         self.reload()
-
-
-def recipes_in(cache_dir: str | Path) -> list[Recipe]:
-    """Return the recipes of all complete stores in a folder; what cannot be read is passed over."""
-    found = []
-    for path in sorted(Path(cache_dir).glob(f"*/{MANIFEST}")):
-        with suppress(StaleStoreError, DamagedStoreError, OSError):
-            manifest = read_manifest(path.parent)
-            if manifest is not None:
-                found.append(manifest.recipe)
-    return found
