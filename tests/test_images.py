@@ -132,8 +132,14 @@ def test_background_is_chosen(tmp_path: Path) -> None:
 @pytest.mark.parametrize("content", [b"", b"not an image", b"\x89PNG\r\n\x1a\n broken"])
 def test_unreadable_file_is_named(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "bad.png").write_bytes(content)
-    with pytest.raises(ValueError, match=r"cannot read the image '.*bad\.png'"):
-        read_image(tmp_path / "bad.png")
+    for given in (None, content):
+        with pytest.raises(ValueError, match=r"cannot read the image '.*bad\.png': it is no image, or .* not known$"):
+            read_image(tmp_path / "bad.png", content=given)
+
+
+def test_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"cannot read the image '.*gone\.png': No such file or directory$"):
+        read_image(tmp_path / "gone.png")
 
 
 def test_file_that_is_cut_short_is_not_padded_in_silence(tmp_path: Path) -> None:

@@ -187,6 +187,7 @@ def test_what_cannot_be_compared_is_refused(more: list[str], message: str, photo
     with pytest.raises(ValueError, match=message):
         main(["sweep", *cached(photos, tmp_path, *more)])
     assert not (tmp_path / "runs" / "version_0").exists()
+    assert not list(tmp_path.rglob("*.npy")), "features were computed before the mistake was found"
 
 
 def test_loss_that_cannot_be_batched_is_for_one_head_at_a_time(photos: Path, tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 WHITE = (255, 255, 255)
@@ -48,6 +48,18 @@ def to_rgb(image: Image.Image, background: tuple[int, int, int] = WHITE) -> Imag
     return image.convert("RGB")
 
 
+def read_content(path: str | Path) -> bytes:
+    """Return the bytes of an image file.
+
+    Raises:
+        ValueError: It cannot be read; the message names it.
+    """
+    try:
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise ValueError(f"cannot read the image {str(path)!r}: {error.strerror or error}") from error
+
+
 def read_image(path: str | Path, background: tuple[int, int, int] = WHITE, content: bytes | None = None) -> Tensor:
     """Read an image file.
 
@@ -62,9 +74,12 @@ def read_image(path: str | Path, background: tuple[int, int, int] = WHITE, conte
     Raises:
         ValueError: The file is missing, is no image, is cut short, or holds floating-point pixels; the message names it.
     """
+    data = read_content(path) if content is None else content
     try:
-        with Image.open(path if content is None else io.BytesIO(content)) as image:
+        with Image.open(io.BytesIO(data)) as image:
             rgb = to_rgb(image, background)
+    except UnidentifiedImageError as error:
+        raise ValueError(f"cannot read the image {str(path)!r}: it is no image, or of a kind that is not known") from error
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(f"cannot read the image {str(path)!r}: {error}") from error
     return torch.from_numpy(np.asarray(rgb).copy()).permute(2, 0, 1).contiguous()

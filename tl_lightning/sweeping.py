@@ -26,7 +26,7 @@ from tl_lightning.modules import TransferClassifier
 from tl_lightning.sweep.candidate import Candidate, Source
 from tl_lightning.sweep.candidates import classifier_of
 from tl_lightning.sweep.report import print_found, write_table
-from tl_lightning.sweep.search import Found, Samples, search, work
+from tl_lightning.sweep.search import Found, Samples, check_enough, search, work
 
 _OF_TRAINING = (BaseFinetuning, EarlyStopping, GradientAccumulationScheduler, Timer, WeightAveraging)
 _SPLITS = ("train", "val")
@@ -80,11 +80,15 @@ def sweep(
         other_head: Whether the candidates' heads are none of the model's own.
 
     Raises:
-        ValueError: The trainer is to do what a sweep does not, or the data have several views of an image.
+        ValueError: The trainer is to do what a sweep does not, the data have several views of an image, or there are too few
+            images to choose by.
     """
     if data.views:
         raise ValueError(f"data.views is {data.views}; sweep trains on the images as they are: leave views out")
     _check(trainer)
+    data.prepare_data()
+    train_target, val_target = (torch.tensor(data.splits[split].targets) for split in _SPLITS)
+    check_enough(train_target, val_target, model.num_classes, folds)
     splits = _read(trainer, model, data, candidates, other_head=other_head)
     found = _search(trainer, model, data, candidates, splits, folds)
     folder = Path(str(trainer.log_dir or trainer.default_root_dir))

@@ -11,7 +11,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from tests.doubles import Block, DropoutProbe, TinyBackbone, save_image
+from tests.doubles import TINY, Block, DropoutProbe, TinyBackbone, save_image
 from tests.ranks import run_on_ranks
 from tests.staged import SCHEDULE, images, trainer
 from tl_lightning.backbones import Backbone, TorchvisionBackbone
@@ -277,6 +277,76 @@ def test_weights_that_are_loaded_after_setup_are_noticed(photos: Path, tmp_path:
     plain = images(photos)
     plain.setup("fit")
     assert torch.equal(next(iter(loader)).inputs, backbone(next(iter(plain.val_dataloader())).inputs))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_image_that_vanishes_is_named(
+    workers: int, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = tmp_path / "photos"
+    shutil.copytree(photos, root)
+    lost = root / "bee" / "004.png"
+    data = cached(root, tmp_path / "cache")
+    data.images.num_workers = workers
+    assert data.splits  # they are listed
+    gone = lost.rename(tmp_path / "gone.png")
+    with pytest.raises(ValueError, match=r"cannot read the image '.*004\.png': No such file"):
+        data.complete(["head"])
+    gone.rename(lost)
+
+    def hash_then_lose(paths: list[Path]) -> list[str]:
+        keys = content_keys(paths)
+        lost.unlink()
+        return keys
+
+    monkeypatch.setattr("tl_lightning.data.stored.content_keys", hash_then_lose)
+    with pytest.raises(ValueError, match=r"cannot read the image '.*004\.png': No such file"):
+        data.complete(["head"])
+
+
+def test_features_of_views_are_refused(photos: Path, tmp_path: Path) -> None:
+    data = cached(photos, tmp_path / "cache", TinyBackbone().eval(), views=2)
+    data.setup("fit")
+    assert data.features("val", "head").shape == (len(data.splits["val"].files), 24)
+    with pytest.raises(ValueError, match="training images are stored as 2 augmented views each"):
+        data.features("train", "head")
+
+
+def test_unknown_stage_of_a_backbone_of_ones_own(photos: Path, tmp_path: Path) -> None:
+    data = cached(photos, tmp_path / "cache", Parameterless().eval())
+    data.setup("fit")
+    with pytest.raises(ValueError, match="unknown boundary 'layer9'; .*there are mean, map, head"):
+        data.features("val", "layer9")
+
+
+class Parameterless(Backbone):
+    """Colour alone."""
+
+    feature_dim = 3
+    preprocessing = TINY
+    stages = ("mean",)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.forward_map(images).mean((2, 3))
+
+    def forward_map(self, images: torch.Tensor) -> torch.Tensor:
+        return images
+
+    def split(self, stage: str) -> tuple[torch.nn.Module, torch.nn.Module]:
+        ("mean",).index(stage)
+        return torch.nn.Identity(), self
+
+
+def test_a_backbone_without_parameters(photos: Path, tmp_path: Path) -> None:
+    found = []
+    for cache in (None, tmp_path / "cache"):
+        torch.manual_seed(0)
+        model = LinearProbe(Parameterless(), 3, lr=0.01)
+        data = images(photos, augment=False) if cache is None else cached(photos, cache, model.backbone)
+        fit = trainer(tmp_path)
+        fit.fit(model, data)
+        found.append((dict(fit.callback_metrics), fingerprint(model.state_dict())))
+    assert found[0] == found[1]
 
 
 def test_code_that_was_edited_is_noticed(

@@ -141,7 +141,15 @@ class CachedFeaturesDataModule(ResumableDataModule):
 
         Shape:
             Output: (N, ...), in the order of the split's files.
+
+        Raises:
+            ValueError: There is no such boundary, or there are several views of each image.
         """
+        if split == TRAIN and self.views:
+            raise ValueError(
+                f"the training images are stored as {self.views} augmented views each, and not as they are: leave views out to "
+                "have one row of each"
+            )
         files = self.splits[split].files
         rows = self.stored.rows(self.network, boundary, files, None, self._device())
         return rows.take(torch.arange(len(files)))

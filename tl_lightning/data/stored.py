@@ -1,7 +1,6 @@
 """The images of a folder as rows of feature stores."""
 
 import errno
-import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -15,9 +14,9 @@ from tl_lightning.chance import seeded
 from tl_lightning.data.folder import TRAIN
 from tl_lightning.data.image_folder import ImageFolderDataModule
 from tl_lightning.data.image_loader import load_in_order
-from tl_lightning.features import FeatureStore, StoredRows, content_keys, extract, folder_for, like, recipe_of
+from tl_lightning.features import FeatureStore, StoredRows, content_key, content_keys, extract, folder_for, like, recipe_of
 from tl_lightning.features.together import all_or_none, from_all, rank_and_world
-from tl_lightning.images import read_image
+from tl_lightning.images import read_content, read_image
 from tl_lightning.transforms import Preprocessing, eval_geometry, to_input
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
@@ -168,8 +167,8 @@ class _Images(Dataset[tuple[Tensor, int, int]]):
     def __getitem__(self, key: str) -> tuple[Tensor, int, int]:
         content, _, view = key.partition(":")
         path = self.root / self.files[content]
-        data = path.read_bytes()
-        if hashlib.sha256(data).hexdigest() != content:
+        data = read_content(path)
+        if content_key(data) != content:
             raise ValueError(f"the image {str(path)!r} changed while features were computed; run again")
         image = read_image(path, self.background, data)
         if not view:

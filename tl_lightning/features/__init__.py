@@ -2,7 +2,7 @@
 
 from tl_lightning.features.extraction import Extracted, extract, folder_for
 from tl_lightning.features.files import DamagedStoreError, StaleStoreError
-from tl_lightning.features.recipe import Recipe, check_dtype, content_keys, recipe_of
+from tl_lightning.features.recipe import Recipe, check_dtype, content_key, content_keys, recipe_of
 from tl_lightning.features.response import like
 from tl_lightning.features.rows import StoredRows
 from tl_lightning.features.store import FeatureStore
@@ -15,6 +15,7 @@ __all__ = [
     "StaleStoreError",
     "StoredRows",
     "check_dtype",
+    "content_key",
     "content_keys",
     "extract",
     "folder_for",

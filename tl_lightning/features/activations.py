@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from tl_lightning.backbones import Backbone, Segment, stages_of
 from tl_lightning.freezing import HEAD, MAP
+from tl_lightning.messages import unknown
 
 
 def prefix_of(backbone: Backbone, boundary: str) -> nn.Module:
@@ -14,7 +15,11 @@ def prefix_of(backbone: Backbone, boundary: str) -> nn.Module:
     Raises:
         ValueError: There is no such stage.
     """
-    return backbone if boundary in (HEAD, MAP) else backbone.split(boundary)[0]
+    if boundary in (HEAD, MAP):
+        return backbone
+    if boundary not in backbone.stages:
+        raise ValueError(unknown("boundary", boundary, [*backbone.stages, MAP, HEAD]))
+    return backbone.split(boundary)[0]
 
 
 def activations(backbone: Backbone, images: Tensor, boundaries: Collection[str]) -> dict[str, Tensor]:

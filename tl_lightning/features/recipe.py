@@ -14,6 +14,7 @@ from tl_lightning import makeup
 from tl_lightning.backbones import Backbone
 from tl_lightning.features.activations import prefix_of
 from tl_lightning.fingerprints import fingerprint
+from tl_lightning.images import read_content
 
 FORMAT = 2
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -99,13 +100,18 @@ def recipe_of(
 
 
 def content_keys(paths: Sequence[Path]) -> list[str]:
-    """Return the SHA-256 of each file's bytes.
+    """Return the key of each image, by its file's bytes.
 
     Raises:
-        OSError: A file cannot be read.
+        ValueError: A file cannot be read; the message names it.
     """
     with ThreadPoolExecutor() as pool:
-        return list(pool.map(file_digest, paths))
+        return list(pool.map(lambda path: content_key(read_content(path)), paths))
+
+
+def content_key(content: bytes) -> str:
+    """Return the key of an image by the bytes of its file, their SHA-256."""
+    return hashlib.sha256(content).hexdigest()
 
 
 def file_digest(path: Path) -> str:

@@ -103,14 +103,9 @@ def search(
             advance=advance,
         )
 
-    if not folds and len(val_samples.target) < _FEWEST:
-        raise ValueError(
-            f"there are {len(val_samples.target)} validation images to choose by, and at least {_FEWEST} are needed: compare by "
-            "cross-validation, with folds=5, or give a larger val_fraction"
-        )
+    check_enough(train_samples.target, val_samples.target, num_classes, folds)
     if folds:
         both = train_samples.followed_by(val_samples)
-        _check_folds(both.target, folds, num_classes)
         fold = stratified_folds(both.target, folds, derive_seed(seed, "folds"))
         right = torch.zeros(len(candidates), len(both.target), dtype=torch.bool)
         losses = torch.zeros(len(candidates), len(both.target))
@@ -131,6 +126,34 @@ def search(
     interval = best_of_many(right, simplicity, seed=derive_seed(seed, "interval"))
     head = fit([candidates[chosen]], train_samples)[0] if folds else heads[chosen]
     return Found(candidates, right.double().mean(1), losses.double().mean(1), chosen, head, interval)
+
+
+def check_enough(train_target: Tensor, val_target: Tensor, num_classes: int, folds: int) -> None:
+    """Make sure that there are enough images to choose by.
+
+    Args:
+        train_target: Class numbers (N,) of the training images.
+        val_target: Those of the validation images.
+        num_classes: Number K of classes.
+        folds: Number of folds; 0 compares on the validation images.
+
+    Raises:
+        ValueError: There are not.
+    """
+    if not folds:
+        if len(val_target) < _FEWEST:
+            raise ValueError(
+                f"there are {len(val_target)} validation images to choose by, and at least {_FEWEST} are needed: compare by "
+                "cross-validation, with folds=5, or give a larger val_fraction"
+            )
+        return
+    smallest = int(torch.bincount(torch.cat([train_target, val_target]), minlength=num_classes).min())
+    if folds < 2 or smallest < folds:
+        possible = f"give 2 to {smallest}, or 0" if smallest > 1 else "give 0"
+        raise ValueError(
+            f"folds is {folds}, and the smallest class has {smallest} images that may be chosen by; {possible} to choose on the "
+            "validation images"
+        )
 
 
 def work(candidates: Sequence[Candidate], *, epochs: int, folds: int = 0) -> int:
@@ -183,13 +206,3 @@ def _size(candidate: Candidate, samples: Samples, num_classes: int) -> int:
     with seeded(0, "size"):
         head = candidate.head(samples.features[candidate.takes].shape[1], num_classes)
     return candidate.network_size + sum(parameter.numel() for parameter in head.parameters())
-
-
-def _check_folds(target: Tensor, folds: int, num_classes: int) -> None:
-    smallest = int(torch.bincount(target, minlength=num_classes).min())
-    if folds < 2 or smallest < folds:
-        possible = f"give 2 to {smallest}, or 0" if smallest > 1 else "give 0"
-        raise ValueError(
-            f"folds is {folds}, and the smallest class has {smallest} images that may be chosen by; {possible} to choose on the "
-            "validation images"
-        )
