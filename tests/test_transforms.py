@@ -42,6 +42,26 @@ def test_preprocessing_is_hashable() -> None:
     assert len({Preprocessing(), Preprocessing(), Preprocessing(crop=225)}) == 2
 
 
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("size", 0, "size is 0; .*pixels"),
+        ("size", (20, -1), r"size is \(20, -1\)"),
+        ("crop", (16,), r"crop is \(16,\); it is the side .*, or \(height, width\)"),
+        ("interpolation", "cubic", "interpolation is 'cubic'; it is one of nearest, .*bicubic"),
+        ("interpolation", "lanczos", "interpolation is 'lanczos'; it is one of"),
+        ("mean", (0.5,), r"mean is \(0.5,\); .*three"),
+        ("std", (0.2, 0.0, 0.2), r"std is \(0.2, 0.0, 0.2\); .*three.*above 0"),
+    ],
+)
+def test_what_no_image_could_go_through_is_refused(field: str, value: Any, message: str) -> None:
+    wrong = Preprocessing()._replace(**{field: value})
+    for build in (eval_transform, train_transform):
+        if (build, field) != (train_transform, "size"):  # a crop of any size takes its place
+            with pytest.raises(ValueError, match=message):
+                build(wrong)
+
+
 @pytest.mark.parametrize(("flip", "seen"), [("horizontal", 2), ("both", 4), ("none", 1)])
 def test_flips(flip: Any, seen: int) -> None:
     """Crops keep the four quarters apart, so that their order tells which flips there were."""

@@ -79,7 +79,9 @@ def read_image(path: str | Path, background: tuple[int, int, int] = WHITE, conte
         with Image.open(io.BytesIO(data)) as image:
             rgb = to_rgb(image, background)
     except UnidentifiedImageError as error:
-        raise ValueError(f"cannot read the image {str(path)!r}: it is no image, or of a kind that is not known") from error
+        raise ValueError(
+            f"cannot read the image {str(path)!r}: it is no image, or of a kind that is not known"
+        ) from error
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(f"cannot read the image {str(path)!r}: {error}") from error
     return torch.from_numpy(np.asarray(rgb).copy()).permute(2, 0, 1).contiguous()

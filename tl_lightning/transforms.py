@@ -11,6 +11,7 @@ _FLIPS = {
     "both": (v2.RandomHorizontalFlip, v2.RandomVerticalFlip),
     "none": (),
 }
+_INTERPOLATIONS = ("nearest", "nearest-exact", "bilinear", "bicubic")  # that torchvision knows of tensors
 
 
 class Preprocessing(NamedTuple):
@@ -24,7 +25,7 @@ class Preprocessing(NamedTuple):
     crop: int | tuple[int, int] = 224
     """Pixels: the side, or (height, width), of the centre crop that the network sees."""
     interpolation: str = "bilinear"
-    """``nearest``, ``bilinear``, ``bicubic`` or another value of torchvision's ``InterpolationMode``."""
+    """``nearest``, ``nearest-exact``, ``bilinear`` or ``bicubic``, values of torchvision's ``InterpolationMode``."""
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)
     """Subtracted per channel, on the scale [0, 1]."""
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
@@ -68,12 +69,16 @@ def eval_geometry(preprocessing: Preprocessing) -> v2.Compose:
 
     Returns:
         A callable from a uint8 image (3, H, W) to a uint8 image (3, h, w), ``(h, w)`` being the crop's shape.
+
+    Raises:
+        ValueError: A size or the interpolation is none.
     """
+    _check_side("size", preprocessing.size)
     size = preprocessing.size if isinstance(preprocessing.size, int) else list(preprocessing.size)
     return v2.Compose(
         [
-            v2.Resize(size, interpolation=InterpolationMode(preprocessing.interpolation), antialias=True),
-            v2.CenterCrop(list(preprocessing.crop_shape)),
+            v2.Resize(size, interpolation=_interpolation(preprocessing), antialias=True),
+            v2.CenterCrop(_crop(preprocessing)),
         ]
     )
 
@@ -83,7 +88,14 @@ def to_input(preprocessing: Preprocessing) -> v2.Compose:
 
     Returns:
         A callable from uint8 images (..., 3, h, w) to float images of that shape, scaled and normalised.
+
+    Raises:
+        ValueError: Mean or standard deviation are not of three channels, or the latter is not above 0.
     """
+    for name, values in (("mean", preprocessing.mean), ("std", preprocessing.std)):
+        if len(values) != 3 or (name == "std" and min(values) <= 0):
+            above = ", above 0" * (name == "std")
+            raise ValueError(f"{name} is {values}; it is of three channels, on the scale from 0 to 1{above}")
     return v2.Compose(
         [
             v2.ToDtype(torch.float32, scale=True),
@@ -118,12 +130,29 @@ def train_transform(preprocessing: Preprocessing, flip: Flip = "horizontal", min
     return v2.Compose(
         [
             v2.RandomResizedCrop(
-                list(preprocessing.crop_shape),
+                _crop(preprocessing),
                 scale=(min_crop, 1.0),
-                interpolation=InterpolationMode(preprocessing.interpolation),
+                interpolation=_interpolation(preprocessing),
                 antialias=True,
             ),
             *(step() for step in _FLIPS[flip]),
             *to_input(preprocessing).transforms,
         ]
     )
+
+
+def _crop(preprocessing: Preprocessing) -> list[int]:
+    _check_side("crop", preprocessing.crop)
+    return list(preprocessing.crop_shape)
+
+
+def _check_side(name: str, side: int | tuple[int, int]) -> None:
+    sides = [side] if isinstance(side, int) else side
+    if min(sides, default=0) < 1 or not (isinstance(side, int) or len(side) == 2):
+        raise ValueError(f"{name} is {side}; it is the side of a square in pixels, or (height, width)")
+
+
+def _interpolation(preprocessing: Preprocessing) -> InterpolationMode:
+    if preprocessing.interpolation not in _INTERPOLATIONS:
+        raise ValueError(f"interpolation is {preprocessing.interpolation!r}; it is one of {', '.join(_INTERPOLATIONS)}")
+    return InterpolationMode(preprocessing.interpolation)

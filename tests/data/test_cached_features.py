@@ -236,6 +236,8 @@ def test_images_are_needed_without_a_network(photos: Path, tmp_path: Path) -> No
     data = CachedFeaturesDataModule(images(photos, preprocessing=None), cache_dir=str(tmp_path / "cache"))
     with pytest.raises(ValueError, match="has no backbone; pass backbone="):
         data.setup("fit")
+    with pytest.raises(ValueError, match="cache_dir is ''; give a folder"):
+        CachedFeaturesDataModule(images(photos), cache_dir="")
     with pytest.raises(ValueError, match="views is -1"):
         cached(photos, tmp_path, views=-1)
     with pytest.raises(ValueError, match="dtype is 'float8'; rows are stored as one of float32, float16, bfloat16"):
@@ -315,7 +317,7 @@ def test_features_of_views_are_refused(photos: Path, tmp_path: Path) -> None:
 def test_unknown_stage_of_a_backbone_of_ones_own(photos: Path, tmp_path: Path) -> None:
     data = cached(photos, tmp_path / "cache", Parameterless().eval())
     data.setup("fit")
-    with pytest.raises(ValueError, match="unknown boundary 'layer9'; .*there are mean, map, head"):
+    with pytest.raises(ValueError, match=r"unknown boundary 'layer9'; .*there are mean, map, head"):
         data.features("val", "layer9")
 
 

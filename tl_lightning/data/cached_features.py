@@ -40,7 +40,7 @@ class CachedFeaturesDataModule(ResumableDataModule):
         views: Number K of augmented views of each training image; 0 takes the image as it is.
 
     Raises:
-        ValueError: ``views`` is negative, or there is no such type.
+        ValueError: ``views`` is negative, ``cache_dir`` is empty, or there is no such type.
     """
 
     def __init__(
@@ -54,6 +54,8 @@ class CachedFeaturesDataModule(ResumableDataModule):
         super().__init__()
         if views < 0:
             raise ValueError(f"views is {views}; it is a number of augmented views, or 0 for the images as they are")
+        if cache_dir == "":
+            raise ValueError("cache_dir is ''; give a folder, '.' for the current one, or leave it out")
         check_dtype(dtype)
         self.images = images
         self.root = images.root

@@ -14,7 +14,16 @@ from tl_lightning.chance import seeded
 from tl_lightning.data.folder import TRAIN
 from tl_lightning.data.image_folder import ImageFolderDataModule
 from tl_lightning.data.image_loader import load_in_order
-from tl_lightning.features import FeatureStore, StoredRows, content_key, content_keys, extract, folder_for, like, recipe_of
+from tl_lightning.features import (
+    FeatureStore,
+    StoredRows,
+    content_key,
+    content_keys,
+    extract,
+    folder_for,
+    like,
+    recipe_of,
+)
 from tl_lightning.features.together import all_or_none, from_all, rank_and_world
 from tl_lightning.images import read_content, read_image
 from tl_lightning.transforms import Preprocessing, eval_geometry, to_input
