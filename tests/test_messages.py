@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 import traceback
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -34,6 +35,7 @@ def start(*args: str, cwd: Path) -> subprocess.Popen[str]:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        start_new_session=True,
     )
 
 
@@ -238,10 +240,21 @@ def test_program_has_one_name(arguments: list[str], tmp_path: Path) -> None:
 # Runs that end early --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("devices", "told"), [(1, "all"), (2, "first"), (2, "all")])
+def running(group: int) -> list[str]:
+    """Return the processes of a group that have not ended."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):  # it has ended meanwhile
+            state, _, of, *_ = stat.read_text().rpartition(") ")[2].split()
+            found += [stat.parent.name] * (int(of) == group and state != "Z")
+    return found
+
+
+@pytest.mark.parametrize(("devices", "told"), [(1, "group"), (2, "first"), (2, "all"), (2, "group")])
 def test_terminated_run_says_how_it_goes_on(devices: int, told: str, photos: Path, tmp_path: Path) -> None:
-    """A cluster tells the first process, or each."""
-    arguments = [BACKBONE, f"--data.root={photos}", "--data.num_workers=0", "--trainer.enable_progress_bar=false"]
+    """A cluster tells the first process, or each rank's, or every process, those that load images among them."""
+    arguments = [BACKBONE, f"--data.root={photos}", "--trainer.enable_progress_bar=false"]
+    arguments += [f"--data.num_workers={2 if told == 'group' else 0}"]
     arguments += ["--trainer.max_epochs=5000", "--trainer.accelerator=cpu", f"--trainer.devices={devices}"]
     last = tmp_path / "runs" / "version_0" / "checkpoints" / "last.ckpt"
     deadline = time.monotonic() + 120
@@ -252,12 +265,19 @@ def test_terminated_run_says_how_it_goes_on(devices: int, told: str, photos: Pat
         for child in children if told == "all" else ():
             if b"LOCAL_RANK=1" in Path(f"/proc/{child}/environ").read_bytes():
                 os.kill(int(child), signal.SIGTERM)
-        process.send_signal(signal.SIGTERM)
+        if told == "group":
+            os.killpg(process.pid, signal.SIGTERM)
+        else:
+            process.send_signal(signal.SIGTERM)
         out, err = process.communicate(timeout=120)
     assert process.returncode == 128 + signal.SIGTERM, err
     assert out.count("interrupted") == 1
     assert "the same command and --ckpt_path" in out
     assert "Traceback" not in err
+    deadline = time.monotonic() + 20
+    while running(process.pid) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not running(process.pid), "processes were left behind"
 
 
 @pytest.mark.parametrize("inside", [False, True])

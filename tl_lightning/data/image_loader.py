@@ -1,5 +1,6 @@
 """Batches of images, read and prepared by worker processes."""
 
+import signal
 import sys
 import time
 import traceback
@@ -20,6 +21,7 @@ from tl_lightning.data.order import EpochBatches, Key
 from tl_lightning.messages import of_ours
 
 _REST_S = 0.05
+_GRACE_S = 30
 
 _Sample = tuple[Tensor, int, int]  # image, target, index
 
@@ -128,6 +130,7 @@ class ImageLoader(EpochLoader):
             batch_sampler=batches,
             num_workers=num_workers,
             collate_fn=_collate,
+            worker_init_fn=_outlive,
             pin_memory=pin_memory,
             persistent_workers=num_workers > 0,
             generator=torch.Generator(),  # else every epoch would draw from the global generator
@@ -161,6 +164,7 @@ def load_in_order(dataset: Dataset[_Sample], batches: Sequence[Sequence[object]]
         batch_sampler=batches,  # type: ignore[arg-type]  # torch says lists of whatever the data set takes, and means ints
         num_workers=num_workers,
         collate_fn=_collate,
+        worker_init_fn=_outlive,
         generator=torch.Generator(),
     )
     for batch in _batches_of(loader):
@@ -174,6 +178,20 @@ def _batches_of(loader: "DataLoader[_Sample | _Failure]") -> Iterator[Batch]:
         if isinstance(batch, _Failure):
             raise batch.error from _WorkerTraceback(batch.traceback)
         yield batch
+
+
+def _outlive(_worker: int) -> None:
+    """Let a worker process go on for a while after SIGTERM.
+
+    Some schedulers send it to all processes of a job. The main one then ends the run after the batch at hand, for which it
+    needs its workers; it sends the signal again to those that it has not ended otherwise.
+    """
+
+    def go_on(*_: object) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.alarm(_GRACE_S)
+
+    signal.signal(signal.SIGTERM, go_on)
 
 
 def _wait_until_safe_to_fork() -> None:
