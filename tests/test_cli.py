@@ -8,6 +8,7 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import lightning.pytorch as pl
 import pytest
@@ -102,21 +103,32 @@ def test_plan_of_a_staged_run_shows_each_stage(
     main(["fit", f"--config={tmp_path / 'staged.yaml'}"])
     printed = " ".join(capsys.readouterr().out.split())
     for part in (
-        "frozen stem to layer1: 1,140 parameters, in eval mode",
+        "frozen stem to layer2: 2,916 parameters, in eval mode; layer2 may train, and never does in this run",
         "from epoch 0 head: 75 parameters",
         "from epoch 1 head: 75 parameters; layer3: 3,528",
         "from epoch 5 head: 75 parameters; layer2 to layer3: 5,304 (never: the run is shorter)",
-        "AdamW: head 0.01, layer3 0.001, layer2 0.00075",
+        "AdamW: head 0.01, layer3 0.001 ",
     ):
         assert part in printed, part
 
+    callbacks = config["trainer"]["callbacks"]  # type: ignore[index]  # of the dict above
+    callbacks[0]["init_args"]["schedule"] = {1: "layer3"}
+    config["trainer"]["max_epochs"] = 1  # type: ignore[index]
+    (tmp_path / "short.yaml").write_text(yaml.safe_dump(config))
+    main(["fit", f"--config={tmp_path / 'short.yaml'}"])
+    printed = " ".join(capsys.readouterr().out.split())
+    assert (
+        "frozen stem to layer3: 6,444 parameters, in eval mode; layer2 to layer3 may train, and never do in this run"
+        in printed
+    )
+
 
 class Interrupt(pl.Callback):
-    def __init__(self, epoch: int = 1) -> None:
-        self.epoch = epoch
+    def __init__(self, epoch: int = 1, batch: int = 0) -> None:
+        self.at = epoch, batch
 
-    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if trainer.current_epoch == self.epoch:
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
+        if (trainer.current_epoch, args[1]) == self.at:
             raise KeyboardInterrupt
 
 
@@ -128,6 +140,49 @@ def test_interrupted_run_says_how_it_goes_on(
     with pytest.raises(SystemExit):
         fit(photos, tmp_path, *interrupt)
     assert advice in " ".join(capsys.readouterr().out.split())
+
+
+def test_checkpoints_of_ones_own_come_on_top(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    steps = ["--trainer.callbacks=ModelCheckpoint", "--trainer.callbacks.every_n_train_steps=1"]
+    steps += ["--trainer.callbacks.save_top_k=-1", "--trainer.callbacks.filename={step}", "--data.batch_size=8"]
+    folder = fit(photos, tmp_path, *steps)
+    names = sorted(path.name for path in (folder / "checkpoints").iterdir())
+    assert names == ["best.ckpt", "last.ckpt", *(f"step={step}.ckpt" for step in range(1, 9))]
+    assert str(Path("checkpoints") / "best.ckpt") in capsys.readouterr().out
+
+    scored = ["--trainer.callbacks=ModelCheckpoint", "--trainer.callbacks.monitor=val_loss"]
+    scored += ["--trainer.callbacks.filename=mine", "--test_after_fit=true"]
+    folder = fit(photos, tmp_path, *scored)
+    assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["last.ckpt", "mine.ckpt"]
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "best val_loss" in printed
+    assert printed.count("mine.ckpt") == 2, "it is both the best and the tested one"
+
+    interrupt = ["--trainer.callbacks+=tests.test_cli.Interrupt", "--trainer.callbacks.batch=2"]
+    with pytest.raises(SystemExit):
+        fit(photos, tmp_path, *steps, *interrupt)
+    assert "step=6.ckpt" in capsys.readouterr().out
+
+
+def test_probe_that_is_handed_back_is_what_counts(
+    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = ["--model=PartialFineTuning", "--model.unfreeze_from=layer1", "--model.backbone_lr=50.0"]
+    schedule = ["--trainer.callbacks=StagedUnfreezing", "--trainer.callbacks.schedule={6: layer1}"]
+    more = ["--trainer.max_epochs=8", "--test_after_fit=true", "--trainer.callbacks+=ProbeFallback"]
+    with pytest.warns(UserWarning, match="handed back"):
+        folder = fit(photos, tmp_path, *model, *schedule, *more)
+    printed = " ".join(capsys.readouterr().out.split())
+    assert (folder / "checkpoints" / "best.ckpt").is_file()
+    assert printed.count("probe.ckpt") == 2, "it is both the model to use and the tested one"
+    assert "best.ckpt" not in printed
+    (tested,) = [
+        row for row in csv.DictReader((folder / "metrics.csv").read_text().splitlines()) if row.get("test_loss")
+    ]
+    main(["test", f"--data.root={photos}", "--data.num_workers=0", f"--trainer.default_root_dir={tmp_path / 'again'}",
+          f"--ckpt_path={folder / 'checkpoints' / 'probe.ckpt'}"])  # fmt: skip
+    (again,) = csv.DictReader((tmp_path / "again" / "version_0" / "metrics.csv").read_text().splitlines())
+    assert again["test_loss"] == tested["test_loss"]
 
 
 def test_test_after_fit_takes_the_best_checkpoint(photos: Path, tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import yaml
 from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
+from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 
 from tl_lightning.arguments import (
@@ -20,6 +20,7 @@ from tl_lightning.arguments import (
     name_classes,
 )
 from tl_lightning.callbacks import Outcome, Plan, PredictionWriter, Progress
+from tl_lightning.callbacks.checkpoints import best_of, handed_back
 from tl_lightning.chance import DEFAULT_SEED
 from tl_lightning.data import images_of
 from tl_lightning.defaults import (
@@ -175,8 +176,8 @@ class TransferCLI(LightningCLI):
                 kwargs["logger"] = default_loggers(folder)
         if self.subcommand != "fit":
             kwargs["enable_checkpointing"] = False
-        elif config["enable_checkpointing"] is not False and not any(isinstance(c, ModelCheckpoint) for c in own):
-            added += best_and_last(folder, self.model)
+        elif config["enable_checkpointing"] is not False:
+            added += best_and_last(folder, self.model, own)
         if config["precision"] is None:
             kwargs["precision"] = default_precision(str(config["accelerator"]))
         return super().instantiate_trainer(callbacks=own + added, **kwargs)
@@ -210,10 +211,10 @@ class TransferCLI(LightningCLI):
             self.datamodule.setup("test")
 
     def after_fit(self) -> None:
-        """Test the best checkpoint, if asked for."""
+        """Test the best checkpoint, or the probe that was handed back, if asked for."""
         if self._get(self.config, "test_after_fit"):
-            best = self.trainer.checkpoint_callback
-            path = best.best_model_path if isinstance(best, ModelCheckpoint) else None
+            best = best_of(self.trainer)
+            path = handed_back(self.trainer) or (best.best_model_path if best else None)
             self.trainer.test(self.model, self.datamodule, ckpt_path=path or None, weights_only=True, verbose=False)
 
     def after_sweep(self) -> None:

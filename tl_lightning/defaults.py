@@ -2,6 +2,7 @@
 
 import csv
 import re
+from collections.abc import Sequence
 from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
@@ -126,7 +127,7 @@ class BestCheckpoint(RunCheckpoint):
         self._loss = state_dict["loss"]
 
 
-def best_and_last(folder: Path | None, classifier: TransferClassifier) -> list[Callback]:
+def best_and_last(folder: Path | None, classifier: TransferClassifier, own: Sequence[Callback] = ()) -> list[Callback]:
     """Build the checkpoint callbacks: ``best.ckpt`` by validation, ``last.ckpt`` after every epoch.
 
     The best epoch is that of the highest macro F1, or of the lowest loss where a subclass measures no F1. They are two
@@ -135,13 +136,15 @@ def best_and_last(folder: Path | None, classifier: TransferClassifier) -> list[C
     Args:
         folder: Of the run; None leaves it to the logger.
         classifier: What is trained.
+        own: The user's callbacks; a checkpoint of theirs that goes by a score takes the place of ``best.ckpt``.
     """
     place = None if folder is None else folder / "checkpoints"
     scored = "f1" in classifier.val_metrics  # by its name without "val_"
     best = (
         BestCheckpoint(place, "best", "val_f1", "max") if scored else BestCheckpoint(place, "best", "val_loss", "min")
     )
-    return [best, RunCheckpoint(place, "last")]
+    last = RunCheckpoint(place, "last")
+    return [last] if any(isinstance(each, ModelCheckpoint) and each.monitor for each in own) else [best, last]
 
 
 def default_precision(accelerator: str) -> str:

@@ -104,6 +104,16 @@ def test_folder_is_moved(photos: Path, tmp_path: Path) -> None:
             max_epochs=3,
             **options,
         )
+    with pytest.warns(UserWarning, match=r"handed back. Use .*/c/probe.ckpt"):  # it lies beside what is resumed
+        run(
+            photos,
+            tmp_path,
+            tmp_path / "b" / "last.ckpt",
+            ModelCheckpoint(tmp_path / "c", "last"),
+            max_epochs=4,
+            **options,
+        )
+    assert same(*(PartialFineTuning.load_from_checkpoint(tmp_path / place / "probe.ckpt") for place in "bc"))
     (tmp_path / "b" / "probe.ckpt").unlink()
     with pytest.raises(FileNotFoundError, match="needs the probe of the run that is resumed"):
         run(
@@ -111,7 +121,7 @@ def test_folder_is_moved(photos: Path, tmp_path: Path) -> None:
             tmp_path,
             tmp_path / "b" / "last.ckpt",
             ModelCheckpoint(tmp_path / "b", "x"),
-            max_epochs=4,
+            max_epochs=5,
             **options,
         )
 

@@ -4,9 +4,9 @@ import shlex
 from pathlib import Path
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+from tl_lightning.callbacks.checkpoints import best_of, handed_back, newest_of
 from tl_lightning.callbacks.table import print_table
 from tl_lightning.data import images_of
 from tl_lightning.messages import short_path
@@ -29,12 +29,14 @@ class Outcome(Callback):
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Note the best score."""
         folder = trainer.log_dir  # asks all ranks
-        best = trainer.checkpoint_callback
+        best, probe = best_of(trainer), handed_back(trainer)
         self._title, self._rows = "trained", {}
         if not self._begun:
             self._rows = _complete(trainer)
         self._begun = False
-        if isinstance(best, ModelCheckpoint) and best.best_model_score is not None:
+        if probe is not None:
+            self._rows["model to use"] = f"{probe}, the probe that was handed back"
+        elif best is not None and best.best_model_score is not None:
             self._rows[f"best {best.monitor}"] = f"{float(best.best_model_score):.4f}"
             self._rows["best model"] = best.best_model_path
         self._rows["outputs"] = str(folder)
@@ -62,11 +64,10 @@ class Outcome(Callback):
         """Say how a fit goes on that Ctrl-C or SIGTERM, as of a cluster's scheduler, has interrupted."""
         if not isinstance(exception, (KeyboardInterrupt, SIGTERMException)) or trainer.state.fn != "fit":
             return
-        best = trainer.checkpoint_callback
-        last = Path(best.dirpath or "") / "last.ckpt" if isinstance(best, ModelCheckpoint) else None
-        if last is not None and last.is_file():
+        newest = newest_of(trainer)
+        if newest is not None:
             print_table(
-                "interrupted", {"go on with": f"the same command and --ckpt_path {shlex.quote(short_path(last))}"}
+                "interrupted", {"go on with": f"the same command and --ckpt_path {shlex.quote(short_path(newest))}"}
             )
         else:
             print_table("interrupted", {"saved": "nothing yet: checkpoints are written after each epoch"})

@@ -63,7 +63,12 @@ def _ever_trained(trainer: Trainer, classifier: TransferClassifier) -> set[str]:
     staged = _staged(trainer)
     if staged is None:
         return set(classifier.staging.trained)
-    return {name for stage in staged.schedule.values() for name in classifier.stages_from(stage)}
+    reached = (stage for epoch, stage in staged.schedule.items() if _is_reached(trainer, epoch))
+    return {name for stage in reached for name in classifier.stages_from(stage)}
+
+
+def _is_reached(trainer: Trainer, epoch: int) -> bool:
+    return trainer.max_epochs in (None, -1) or epoch < (trainer.max_epochs or 0)
 
 
 def _stages(trainer: Trainer, classifier: TransferClassifier) -> dict[str, str]:
@@ -83,6 +88,11 @@ def _stages(trainer: Trainer, classifier: TransferClassifier) -> dict[str, str]:
     frozen = [name for name in names if name not in ever]
     if frozen:
         rows["frozen"] = f"{_span(frozen, names)}: {_size(classifier, frozen)} parameters, in eval mode"
+        may = {str(group.get("name")) for optimizer in trainer.optimizers for group in optimizer.param_groups}
+        idle = [name for name in frozen if name in may]
+        if idle:
+            never = "never does" if len(idle) == 1 else "never do"
+            rows["frozen"] += f"; {_span(idle, names)} may train, and {never} in this run"
         if classifier.backbone.init_args[1].get("weights", "DEFAULT") is None:
             rows["frozen"] += ", at random: the backbone was made with weights=None"
     staged = _staged(trainer)
@@ -90,7 +100,7 @@ def _stages(trainer: Trainer, classifier: TransferClassifier) -> dict[str, str]:
         return rows | {"trained": describe(staging.trained)}
     schedule = {0: "head"} | staged.schedule
     for epoch, stage in schedule.items():
-        late = " (never: the run is shorter)" if epoch >= (trainer.max_epochs or epoch + 1) > 0 else ""
+        late = "" if _is_reached(trainer, epoch) else " (never: the run is shorter)"
         rows[f"from epoch {epoch}"] = describe(classifier.stages_from(stage)) + late
     return rows
 

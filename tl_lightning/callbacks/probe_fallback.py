@@ -1,5 +1,6 @@
 """Do not let fine-tuning end below the probe that it began with."""
 
+import shutil
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,7 +20,8 @@ class ProbeFallback(Callback):
 
     For linear probing, then fine-tuning (https://arxiv.org/abs/2202.10054) with :class:`StagedUnfreezing`. The probe, as
     it was at the last validation before the backbone trained, is saved as ``probe.ckpt`` beside the other checkpoints, a
-    whole classifier like them. ``last.ckpt`` remains what training ended with.
+    whole classifier like them; what is handed back is this file, and the classifier in memory. ``last.ckpt`` remains what
+    training ended with, and ``best.ckpt`` the best epoch of all.
 
     Args:
         monitor: The score on validation that decides.
@@ -58,6 +60,15 @@ class ProbeFallback(Callback):
         if not trainer.limit_val_batches:
             raise ValueError("ProbeFallback compares scores on validation, and limit_val_batches is 0")
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take the probe of the run that is resumed along into another folder."""
+        path = self.path(trainer)
+        beside = Path(trainer.ckpt_path or "").with_name(FILE) if trainer.ckpt_path else path
+        if trainer.is_global_zero and self.probe_score is not None and not path.is_file() and beside.is_file():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(beside, path)
+        trainer.strategy.barrier("probe")
+
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Note the score, and save the probe while the head trains alone.
 
@@ -78,7 +89,7 @@ class ProbeFallback(Callback):
         if first is not None and trainer.current_epoch < first:
             self.probe_score = float(score)
             # Not the weights alone, for callbacks have a say in a whole checkpoint, as one that averages the weights.
-            trainer.save_checkpoint(_path(trainer), weights_only=False)
+            trainer.save_checkpoint(self.path(trainer), weights_only=False)
         else:
             self.last_score = float(score)
 
@@ -96,9 +107,9 @@ class ProbeFallback(Callback):
                 f"the backbone begins to train in epoch {trainer.current_epoch}, and there was no validation before it, so "
                 "ProbeFallback has no probe: validate every epoch, or let a later epoch be the first of the schedule"
             )
-        if not _path(trainer).is_file():
+        if not self.path(trainer).is_file():
             raise FileNotFoundError(
-                f"ProbeFallback needs the probe of the run that is resumed, and {str(_path(trainer))!r} does not exist: put it "
+                f"ProbeFallback needs the probe of the run that is resumed, and {str(self.path(trainer))!r} does not exist: put it "
                 "there, or leave ProbeFallback out"
             )
 
@@ -111,7 +122,7 @@ class ProbeFallback(Callback):
                 "the run ended before fine-tuning was validated, so there is nothing to compare with the probe"
             )
             return
-        saved = torch.load(_path(trainer), map_location="cpu", weights_only=True)
+        saved = torch.load(self.path(trainer), map_location="cpu", weights_only=True)
         score, probe = self.last_score, float(saved["callbacks"][self.state_key]["probe_score"])
         compared = f"fine-tuning ended with {self.monitor} {score:.4f}, the probe had {probe:.4f}"
         if score >= probe if self.mode == "max" else score <= probe:
@@ -120,7 +131,7 @@ class ProbeFallback(Callback):
         pl_module.load_state_dict(saved["state_dict"])
         self.handed_back = True
         rank_zero_warn(
-            f"{compared}: the probe's weights are handed back. Use {_path(trainer)}; last.ckpt is what fine-tuning ended "
+            f"{compared}: the probe's weights are handed back. Use {self.path(trainer)}; last.ckpt is what fine-tuning ended "
             "with. Lower backbone_lr or train fewer stages"
         )
 
@@ -132,6 +143,13 @@ class ProbeFallback(Callback):
         """Take up the probe of the run that is resumed."""
         self.probe_score, self.last_score = state_dict["probe_score"], state_dict["last_score"]
 
+    def path(self, trainer: Trainer) -> Path:
+        """Return where the probe lies: beside the other checkpoints, wherever the run's folder is now."""
+        checkpoints = trainer.checkpoint_callback
+        if isinstance(checkpoints, ModelCheckpoint) and checkpoints.dirpath is not None:
+            return Path(checkpoints.dirpath) / FILE
+        return Path(trainer.log_dir or trainer.default_root_dir) / FILE
+
     def _first_epoch(self, trainer: Trainer, pl_module: LightningModule) -> int | None:
         assert isinstance(pl_module, TransferClassifier)  # noqa: S101 - StagedUnfreezing has made sure
         for callback in trainer.callbacks:  # type: ignore[attr-defined]  # Lightning's own list
@@ -139,11 +157,3 @@ class ProbeFallback(Callback):
                 epochs = (e for e, stage in callback.schedule.items() if pl_module.stages_from(stage))
                 return next(epochs, None)
         return None
-
-
-def _path(trainer: Trainer) -> Path:
-    """Return where the probe lies: beside the other checkpoints, wherever the run's folder is now."""
-    checkpoints = trainer.checkpoint_callback
-    if isinstance(checkpoints, ModelCheckpoint) and checkpoints.dirpath is not None:
-        return Path(checkpoints.dirpath) / FILE
-    return Path(trainer.log_dir or trainer.default_root_dir) / FILE
