@@ -35,7 +35,7 @@ class Outcome(Callback):
             self._rows = _complete(trainer)
         self._begun = False
         if probe is not None:
-            self._rows["model to use"] = f"{probe}, the probe that was handed back"
+            self._rows["handed back"] = str(probe)
         elif best is not None and best.best_model_score is not None:
             self._rows[f"best {best.monitor}"] = f"{float(best.best_model_score):.4f}"
             self._rows["best model"] = best.best_model_path

@@ -37,7 +37,7 @@ def response_of(rows: Tensor) -> Response:
     """Sum up the row (1, ...) of the test pattern in a few numbers."""
     row = rows.to("cpu", torch.float64).flatten()
     places = torch.arange(1, row.numel() + 1, dtype=torch.float64)
-    waves = [torch.cos(places * (_STEP * number)) for number in range(1, _DIRECTIONS + 1)]
+    waves = (torch.cos(places * (_STEP * number)) for number in range(1, _DIRECTIONS + 1))
     return (float(row.norm()), *(float(row @ wave) for wave in waves))
 
 
