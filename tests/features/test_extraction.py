@@ -17,7 +17,7 @@ import torch
 from tests.doubles import TinyBackbone, image_folder
 from tests.features.images import contents, fill, names_in, store
 from tests.ranks import run_on_ranks
-from tl_lightning.features import extraction
+from tl_lightning.features import extraction, folder_for, recipe_of
 from tl_lightning.features import store as stores
 from tl_lightning.features.files import Block
 
@@ -169,6 +169,31 @@ def test_two_runs_at_once(root: Path, tmp_path: Path, in_peace: dict[str, dict[s
         assert run.exitcode == 0
     assert sorted(computed.get() for _ in runs) == [0, 0, 0, 41]
     assert {f.name: contents(f) for f in cache.iterdir() if f.is_dir()} == in_peace
+
+
+def choose(factor: float, cache: Path, begin: Any, chosen: Any) -> None:
+    torch.set_num_threads(1)
+    backbone = TinyBackbone()
+    backbone.get_submodule("model.stem.norm").register_forward_hook(lambda _, args, output: output * factor)
+    recipe = recipe_of(backbone, "head", background=(255,) * 3)
+    begin.wait()
+    chosen.put((factor, folder_for(cache, backbone, recipe).name))
+
+
+def test_runs_with_other_code_at_once_have_a_folder_each(tmp_path: Path) -> None:
+    begin, chosen = FORK.Event(), FORK.Queue()
+    runs = [FORK.Process(target=choose, args=(1 + n % 3, tmp_path / "cache", begin, chosen)) for n in range(9)]
+    for run in runs:
+        run.start()
+    begin.set()
+    folders: dict[int, set[str]] = {}
+    for _ in runs:
+        factor, name = chosen.get()
+        folders.setdefault(factor, set()).add(name)
+    for run in runs:
+        run.join()
+    assert [len(names) for names in folders.values()] == [1, 1, 1]
+    assert len(set.union(*folders.values())) == 3
 
 
 def test_runs_with_other_images_add_to_a_store(root: Path, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from tests.doubles import TINY, TinyBackbone, image_folder, save_image
 from tests.features.images import contents, fill, names_in, store
+from tl_lightning.backbones import EfficientNetLite
 from tl_lightning.features import (
     DamagedStoreError,
     FeatureStore,
@@ -184,6 +185,57 @@ def test_what_other_code_left_unfinished_is_not_taken(root: Path, tmp_path: Path
     found = FeatureStore(folder_for(tmp_path / "cache", edited(), made.recipe), made.recipe)
     assert found.folder != made.folder
     assert fill(root, [found], edited()).rows == 41
+
+
+@pytest.mark.parametrize("place", ["5.0.bn2", "4.2.bn2", "3.2.bn1", "5.0.bn1", "5.3.bn2"])
+def test_a_cap_that_few_inputs_reach_is_noticed(tmp_path: Path, place: str) -> None:
+    backbone = EfficientNetLite()
+    recipe = recipe_of(backbone, "head", background=(255,) * 3)
+    folder = folder_for(tmp_path, backbone, recipe)
+    assert (
+        folder_for(tmp_path, EfficientNetLite(), recipe_of(EfficientNetLite(), "head", background=(255,) * 3)) == folder
+    )
+    module, norm = place.rsplit(".", 1)
+    getattr(backbone.get_submodule(f"model.blocks.{module}"), norm).act = torch.nn.ReLU()  # where ReLU6 was
+    assert folder_for(tmp_path, backbone, recipe_of(backbone, "head", background=(255,) * 3)) != folder
+
+
+class Unsteady(TinyBackbone):
+    def __init__(self, by: str) -> None:
+        super().__init__()
+        self.by = by
+
+    def forward(self, images: Tensor) -> Tensor:
+        rows: Tensor = super().forward(images)
+        if self.by == "chance":
+            return rows + 0.1 * torch.randn(1)
+        return rows - rows.mean(0) if len(rows) > 1 else rows
+
+
+@pytest.mark.parametrize("by", ["chance", "neighbours"])
+def test_rows_that_do_not_depend_on_the_image_alone_are_refused(tmp_path: Path, by: str) -> None:
+    recipe = recipe_of(Unsteady(by), "head", background=(255,) * 3)
+    with pytest.raises(
+        ValueError, match="what Unsteady makes of an image is not the same each time, even in eval mode"
+    ):
+        folder_for(tmp_path, Unsteady(by), recipe)
+
+
+@pytest.mark.parametrize("text", [None, "[]", "{}", "[1, 2]", "[[NaN]]", "null"])
+def test_rows_of_unknown_code_are_not_served(root: Path, tmp_path: Path, text: str | None) -> None:
+    made = store(tmp_path / "cache", TinyBackbone())
+    fill(root, [made])
+    response = made.folder / "response.json"
+    response.unlink() if text is None else response.write_text(text)
+    if text in ("[1, 2]", "null"):
+        with pytest.raises(
+            DamagedStoreError, match=r"response\.json' cannot be read .*remove its folder and run again"
+        ):
+            folder_for(tmp_path / "cache", TinyBackbone(), made.recipe)
+        return
+    found = folder_for(tmp_path / "cache", TinyBackbone(), made.recipe)
+    assert found != made.folder
+    assert folder_for(tmp_path / "cache", TinyBackbone(), made.recipe) == found
 
 
 def test_rounding_is_no_other_code(root: Path, tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from tl_lightning.data.image_folder import ImageFolderDataModule
 from tl_lightning.data.image_loader import load_in_order
 from tl_lightning.features import (
     FeatureStore,
+    Recipe,
     StoredRows,
     content_key,
     content_keys,
@@ -50,7 +51,7 @@ class StoredImages:
         self.dtype = dtype
         self.views = views
         self._keys: dict[str, str] = {}
-        self._stores: dict[Path, FeatureStore] = {}
+        self._stores: dict[Recipe, FeatureStore] = {}
 
     def forget(self) -> None:
         """Look at the files again the next time."""
@@ -83,13 +84,13 @@ class StoredImages:
         for names, augmented in ((plain, False), (drawn, True)):
             if not names:
                 continue
-            stores = [self._store(network, boundary, augmented) for boundary in boundaries]
             try:
+                stores = [self._store(network, boundary, augmented) for boundary in boundaries]
                 self._extract(network, stores, names)
             except OSError as error:
                 if error.errno in _NO_ROOM or _is_in(error.filename, self.cache_dir):
                     raise OSError(
-                        f"features cannot be stored in {str(self.cache_dir)!r} ({error.strerror}: {error.filename}): give another "
+                        f"features cannot be stored in {str(self.cache_dir)!r} ({error.strerror or error}): give another "
                         "cache_dir, a folder that can be written to"
                     ) from error
                 raise
@@ -138,12 +139,11 @@ class StoredImages:
         recipe = recipe_of(
             network, boundary, background=self.images.background, augmentation=augmentation, dtype=self.dtype
         )
-        folder = folder_for(self.cache_dir, network, recipe)
-        if folder in self._stores:
-            self._stores[folder].reload()
+        if recipe in self._stores:
+            self._stores[recipe].reload()
         else:
-            self._stores[folder] = FeatureStore(folder, recipe)
-        return self._stores[folder]
+            self._stores[recipe] = FeatureStore(folder_for(self.cache_dir, network, recipe), recipe)
+        return self._stores[recipe]
 
     def _extract(self, network: Backbone, stores: Sequence[FeatureStore], names: dict[str, str]) -> None:
         images = _Images(self.images, {key: file for file, key in self._content().items()}, network.preprocessing)

@@ -2,21 +2,22 @@
 
 import itertools
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from filelock import FileLock
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from tl_lightning.backbones import Backbone
 from tl_lightning.features.activations import activations
 from tl_lightning.features.estimate import check_space
-from tl_lightning.features.files import Block, Layout, read_response
+from tl_lightning.features.files import Block, Layout, claim, read_response
 from tl_lightning.features.messages import describe, describe_plan
 from tl_lightning.features.recipe import Recipe
-from tl_lightning.features.response import Response, is_same, like, pattern_rows, response_of
+from tl_lightning.features.response import Response, check_steady, is_same, like, pattern_rows, response_of
 from tl_lightning.features.store import FeatureStore
 from tl_lightning.features.together import all_or_none, from_all, from_first, locked, rank_and_world
 from tl_lightning.freezing import as_frozen, evaluating
@@ -30,7 +31,9 @@ Load = Callable[[Sequence[Sequence[str]]], Iterable[torch.Tensor]]
 
 
 def folder_for(cache_dir: str | Path, backbone: Backbone, recipe: Recipe) -> Path:
-    """Return the folder of a store: where code has changed, a recipe has several, of which the code at hand has one.
+    """Return the folder of a store, and keep it: where code has changed, a recipe has several, of which this code has one.
+
+    On several ranks, the first one chooses.
 
     Args:
         cache_dir: Folder of the stores.
@@ -39,11 +42,32 @@ def folder_for(cache_dir: str | Path, backbone: Backbone, recipe: Recipe) -> Pat
 
     Raises:
         DamagedStoreError: A file of a store cannot be read.
+        OSError: Nothing can be written there.
+        ValueError: What the network makes of an image does not depend on the image alone.
     """
-    response = response_of(pattern_rows(backbone, [recipe.boundary])[recipe.boundary])
-    names = itertools.chain([recipe.folder], (f"{recipe.folder}-{number}" for number in itertools.count(2)))
-    folders = (Path(cache_dir) / name for name in names)
-    return next(folder for folder in folders if is_same(read_response(folder) or response, response))
+    chosen = None
+    with all_or_none():
+        response = response_of(pattern_rows(backbone, [recipe.boundary])[recipe.boundary])
+        check_steady(backbone, recipe.boundary, response)
+        if rank_and_world()[0] == 0:
+            chosen = _choose(Path(cache_dir), recipe, response)
+    return Path(cache_dir) / str(from_first(chosen))
+
+
+def _choose(cache_dir: Path, recipe: Recipe, response: Response) -> str:
+    def names() -> Iterator[str]:
+        yield recipe.folder
+        yield from (f"{recipe.folder}-{number}" for number in itertools.count(2))
+
+    for name in names():  # without writing, for those who may not
+        known = read_response(cache_dir / name)
+        if known is None:
+            break
+        if is_same(known, response):
+            return name
+    cache_dir.mkdir(parents=True, exist_ok=True)
+    with FileLock(cache_dir / ".lock"):
+        return next(name for name in names() if claim(cache_dir / name, response))
 
 
 class Extracted(NamedTuple):

@@ -15,7 +15,7 @@ from torch import Tensor
 from typing_extensions import Self
 
 from tl_lightning.features.recipe import FORMAT, Recipe
-from tl_lightning.features.response import Response
+from tl_lightning.features.response import Response, is_same
 
 MANIFEST = "manifest.json"
 RESPONSE = "response.json"
@@ -132,9 +132,26 @@ def read_response(folder: Path) -> Response | None:
     if not path.is_file():
         return None
     try:
-        return tuple(float(number) for number in json.loads(path.read_bytes()))
+        return tuple(tuple(float(number) for number in row) for row in json.loads(path.read_bytes()))
     except (TypeError, ValueError) as error:
         raise DamagedStoreError(_cannot_read(path, error)) from error
+
+
+def claim(folder: Path, response: Response) -> bool:
+    """Let rows of a network that responds so be written to a folder, if those that are there already are its own.
+
+    Raises:
+        DamagedStoreError: The folder's response cannot be read.
+    """
+    known = read_response(folder)
+    if known is not None:
+        return is_same(known, response)
+    if any(folder.glob("*.npy")) or (folder / MANIFEST).exists():
+        return False  # nobody knows whose these are
+    folder.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(response).encode()
+    replace(folder / RESPONSE, lambda file: file.write(text))
+    return True
 
 
 def recipes_in(cache_dir: str | Path) -> list[Recipe]:

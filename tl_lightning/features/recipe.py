@@ -27,6 +27,8 @@ class Recipe(NamedTuple):
 
     backbone: str
     """Class and arguments."""
+    modules: str
+    """SHA-256 of how the modules before the boundary describe themselves."""
     weights: str
     """SHA-256 of the parameters and buffers before the boundary."""
     preprocessing: str
@@ -91,6 +93,7 @@ def recipe_of(
     described = makeup.without_weights(makeup.describe([list(backbone.init_args[0]), arguments]))
     return Recipe(
         backbone=f"{type(backbone).__name__}({json.dumps(described, sort_keys=True)})",
+        modules=hashlib.sha256(re.sub(r" at 0x[0-9a-f]+", "", repr(prefix)).encode()).hexdigest(),
         weights=fingerprint(dict(sorted(tensors.items()))),
         preprocessing=f"{tuple(backbone.preprocessing)} on background {tuple(background)}",
         augmentation=augmentation,

@@ -1,4 +1,4 @@
-"""How a network responds to a fixed input: by that other code is noticed, be it the network's own or a library's."""
+"""How a network responds to fixed inputs: by that other code is noticed, be it the network's own or a library's."""
 
 import itertools
 from collections.abc import Collection
@@ -10,11 +10,12 @@ from tl_lightning.backbones import Backbone
 from tl_lightning.features.activations import activations
 from tl_lightning.freezing import as_frozen, evaluating
 
-Response = tuple[float, ...]
-"""The norm of a row, and its projections onto a few fixed directions."""
+Response = tuple[tuple[float, ...], ...]
+"""For each test pattern, the norm of its row, and the projections of the row onto a few fixed directions."""
 
 _DIRECTIONS = 8
 _TOLERANCE = 1e-5  # of the norm: what rounding in single precision does, and hardly any other code
+_STEADY = 1e-2  # of the norm: what other kernels may do to an image that is alone, in whatever precision
 _STEP = 0.7548776662466927  # the fractions of its multiples fill an interval evenly, in no order that one would see
 
 
@@ -24,27 +25,59 @@ def like(network: nn.Module) -> Tensor:
     return next((tensor for tensor in tensors if tensor.is_floating_point()), torch.empty(0))
 
 
-def pattern_rows(backbone: Backbone, boundaries: Collection[str]) -> dict[str, Tensor]:
-    """Compute the rows (1, ...) of a test pattern, by boundary."""
+def patterns(height: int, width: int) -> Tensor:
+    """Return the test patterns (4, 3, H, W): noise as of an image, noise far beyond one, waves, and a bright area."""
+    number = torch.arange(1, 3 * height * width + 1, dtype=torch.float64)
+    noise = (number * _STEP).frac().view(3, height, width) * 2 - 1
+    rows, columns = torch.arange(height).view(-1, 1) / height, torch.arange(width) / width
+    waves = torch.stack([torch.sin(6 * rows + (2 + 3 * channel) * columns) for channel in range(3)])
+    return torch.stack([2 * noise, 10 * noise, 3 * waves + 0.5 * noise, 2.6 + 0.1 * noise + 0 * waves])
+
+
+def pattern_rows(backbone: Backbone, boundaries: Collection[str], *, together: bool = True) -> dict[str, Tensor]:
+    """Compute the rows (4, ...) of the test patterns, by boundary: in one batch, or each alone."""
     here = like(backbone)
-    shape = torch.Size((1, 3, *backbone.preprocessing.crop_shape))
-    pattern = (torch.arange(1, shape.numel() + 1, dtype=torch.float64) * _STEP).frac() * 4 - 2
+    images = patterns(*backbone.preprocessing.crop_shape).to(here)
     with torch.inference_mode(), as_frozen(here.device.type), evaluating(backbone):
-        return activations(backbone, pattern.view(shape).to(here), boundaries)
+        batches = [
+            activations(backbone, batch, boundaries) for batch in torch.split(images, len(images) if together else 1)
+        ]
+    return {boundary: torch.cat([made[boundary] for made in batches]) for boundary in boundaries}
 
 
 def response_of(rows: Tensor) -> Response:
-    """Sum up the row (1, ...) of the test pattern in a few numbers."""
-    row = rows.to("cpu", torch.float64).flatten()
-    places = torch.arange(1, row.numel() + 1, dtype=torch.float64)
+    """Sum up the rows (4, ...) of the test patterns in a few numbers each."""
+    flat = rows.to("cpu", torch.float64).flatten(1)
+    places = torch.arange(1, flat.shape[1] + 1, dtype=torch.float64)
     waves = (torch.cos(places * (_STEP * number)) for number in range(1, _DIRECTIONS + 1))
-    return (float(row.norm()), *(float(row @ wave) for wave in waves))
+    found = torch.stack([flat.norm(dim=1), *(flat @ wave for wave in waves)], dim=1)
+    return tuple(tuple(row) for row in found.tolist())
 
 
-def is_same(response: Response, other: Response) -> bool:
+def is_same(response: Response, other: Response, tolerance: float = _TOLERANCE) -> bool:
     """Return whether two responses differ by no more than rounding."""
-    first, second = torch.tensor(response), torch.tensor(other)
-    if len(first) != len(second):
+    if [len(row) for row in response] != [len(row) for row in other]:
         return False
-    scale = float(first[0].nan_to_num())
-    return torch.allclose(first, second, rtol=0.0, atol=_TOLERANCE * scale, equal_nan=True)
+    first, second = torch.tensor(response, dtype=torch.float64), torch.tensor(other, dtype=torch.float64)
+    allowed = tolerance * first[:, :1].nan_to_num()
+    return bool((((first - second).abs() <= allowed) | (first == second) | (first.isnan() & second.isnan())).all())
+
+
+def check_steady(backbone: Backbone, boundary: str, response: Response) -> None:
+    """Make sure that what a network makes of an image depends on the image alone.
+
+    Args:
+        backbone: The network.
+        boundary: Of the rows.
+        response: To the patterns in one batch.
+
+    Raises:
+        ValueError: It depends on chance, or on what is beside the image in a batch.
+    """
+    alone = response_of(pattern_rows(backbone, [boundary], together=False)[boundary])
+    if not is_same(response, alone, _STEADY):
+        raise ValueError(
+            f"what {type(backbone).__name__} makes of an image is not the same each time, even in eval mode: it depends on chance, or "
+            "on the other images of the batch, so it cannot be stored. Train on the images themselves, without "
+            "CachedFeaturesDataModule"
+        )

@@ -5,7 +5,6 @@ shard is written under a temporary name, flushed and renamed, and the manifest i
 when, a reader sees a complete store or none. Shards never change; new rows go into new ones.
 """
 
-import json
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
@@ -17,12 +16,12 @@ from torch import Tensor
 
 from tl_lightning.features.files import (
     MANIFEST,
-    RESPONSE,
     Block,
     DamagedStoreError,
     Layout,
     Manifest,
     StaleStoreError,
+    claim,
     is_whole,
     read_manifest,
     read_response,
@@ -175,7 +174,7 @@ class FeatureStore:
 
     def fits(self, response: Response) -> bool:
         """Return whether rows of a network that responds so belong here."""
-        return self.response is None or is_same(self.response, response)
+        return not self.blocks if self.response is None else is_same(self.response, response)
 
     # Writing --------------------------------------------------------------------------------------------------------
 
@@ -185,16 +184,12 @@ class FeatureStore:
         Raises:
             StaleStoreError: Another one wrote here.
         """
-        if not self.fits(response):
+        if not claim(self.folder, response):
             raise StaleStoreError(
                 f"the stored features in {str(self.folder)!r} do not fit: what the network makes of a test pattern was other, "
-                "by other code of its own or of a library; give another folder, or remove this one"
+                "by other code of its own or of a library; take the folder that folder_for gives"
             )
-        if self.response is None:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            text = json.dumps(response).encode()
-            replace(self.folder / RESPONSE, lambda file: file.write(text))
-            self.response = response
+        self.response = response
 
     def plan(self, names: Mapping[str, str]) -> list[Block]:
         """Divide rows into blocks: stored ones stay as they are, all others follow in their order.
