@@ -1,7 +1,9 @@
 """Batches of images, read and prepared by worker processes."""
 
+import os
 import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Iterator, Sequence
@@ -181,17 +183,22 @@ def _batches_of(loader: "DataLoader[_Sample | _Failure]") -> Iterator[Batch]:
 
 
 def _outlive(_worker: int) -> None:
-    """Let a worker process go on for a while after SIGTERM.
+    """Let a worker process go on for a while after SIGTERM, unless the main process sends it.
 
     Some schedulers send it to all processes of a job. The main one then ends the run after the batch at hand, for which it
-    needs its workers; it sends the signal again to those that it has not ended otherwise.
+    needs its workers. Who has sent a signal is told to those that wait for it alone, so a thread does.
     """
+    if sys.platform == "linux":
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_wait_for_sigterm, daemon=True).start()
 
-    def go_on(*_: object) -> None:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        signal.alarm(_GRACE_S)
 
-    signal.signal(signal.SIGTERM, go_on)
+def _wait_for_sigterm() -> None:
+    if sys.platform == "linux":
+        told = signal.sigwaitinfo({signal.SIGTERM})
+        if told.si_pid != os.getppid():
+            signal.sigtimedwait({signal.SIGTERM}, _GRACE_S)
+        os._exit(0)
 
 
 def _wait_until_safe_to_fork() -> None:
