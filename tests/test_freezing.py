@@ -1,11 +1,15 @@
 from collections.abc import Callable
+from pathlib import Path
 
+import lightning.pytorch as pl
 import pytest
 import torch
 from torch import Tensor, nn
 
 from tests.doubles import TINY, TinyBackbone
+from tests.staged import classifier, images, trainer
 from tl_lightning.backbones import Backbone, TimmBackbone, TorchvisionBackbone, TracedBackbone
+from tl_lightning.callbacks import StagedUnfreezing
 from tl_lightning.fingerprints import fingerprints
 from tl_lightning.freezing import HEAD, Staging
 
@@ -63,6 +67,25 @@ def test_batch_norm_moves_only_if_it_shall(train_bn: bool) -> None:
     assert {name for name in staging.still() if "running" in name and "layer3" in name} == (
         set() if train_bn else {"model.layer3.norm.running_mean", "model.layer3.norm.running_var"}
     )
+
+
+class Unfreeze(pl.Callback):
+    """Let everything require gradients, before training or within it."""
+
+    def __init__(self, hook: str) -> None:
+        setattr(self, hook, lambda trainer, pl_module, *args: pl_module.backbone.requires_grad_(True))
+
+
+@pytest.mark.parametrize(
+    "hook", ["on_fit_start", "on_sanity_check_end", "on_train_start", "on_train_epoch_start", "on_validation_end"]
+)
+def test_frozen_stages_stay_frozen_whoever_unfreezes_them(hook: str, photos: Path, tmp_path: Path) -> None:
+    model = classifier(unfreeze_from="layer2")
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    trainer(tmp_path, Unfreeze(hook), StagedUnfreezing({1: "layer3"}), max_epochs=2).fit(model, images(photos))
+    moved = {name.split(".")[2] for name, tensor in model.backbone.state_dict(prefix="backbone.").items()
+             if not torch.equal(tensor, before[name])}  # fmt: skip
+    assert moved == {"layer3"}
 
 
 def test_gradients_left_over_go() -> None:

@@ -97,7 +97,7 @@ class Staging:
         self.hold()
 
     def hold(self, *, training: bool = True) -> None:
-        """Put every part of the backbone into its mode, whoever took it out of it.
+        """Put every part of the backbone into its mode, and hold what is frozen, whoever has changed that.
 
         Args:
             training: Whether what moves is in train mode; what does not is in eval mode in any case.
@@ -109,10 +109,16 @@ class Staging:
             if self.train_bn or not isinstance(module, _NormBase)
         }
         self._parts = [(module, id(module) in moving) for module in self.backbone.modules()]
+        trained = {name for stage in self.trained for name in self.stages[stage].parameters}
+        self._fixed = [p for name, p in self.backbone.named_parameters() if name not in trained]
         self.keep(training=training)
 
     def keep(self, *, training: bool = True) -> None:
         """Do as :meth:`hold` for the modules that there were when it was last called: fast enough for every step."""
+        for parameter in self._fixed:
+            if parameter.requires_grad:
+                parameter.requires_grad_(False)
+                parameter.grad = None
         for module, moves in self._parts:
             if module.training is not (training and moves):
                 module.training = training and moves

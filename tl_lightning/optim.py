@@ -31,17 +31,27 @@ def parameter_groups(parameters: Iterable[tuple[str, nn.Parameter]], *, name: st
     return [group for group in groups if group["params"]]
 
 
+def stage_of_group(group: dict[str, Any]) -> str:
+    """Return the name of the stage, or ``"head"``, that a group's parameters are of."""
+    return str(group.get("name")).removesuffix("_no_decay")
+
+
 def build_optimizer(
     groups: list[dict[str, Any]], optimizer: Callable[[list[dict[str, Any]]], Optimizer] | None
 ) -> Optimizer:
     """Build the user's optimizer, or AdamW, over the groups.
 
     Raises:
-        ValueError: The optimizer brings a learning rate of its own beside those of the groups, or has lost theirs.
+        ValueError: The optimizer takes no groups, or brings a learning rate of its own beside those of the groups, or has lost theirs.
     """
     if optimizer is None:
         return AdamW(groups)
-    built = optimizer(groups)
+    try:
+        built = optimizer(groups)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"the optimizer cannot be made of groups of parameters, each with its own rate: {error}. AdamW and SGD can"
+        ) from error
     given = inspect.signature(type(built)).parameters.get("lr")
     own = built.defaults.get("lr")
     if given is not None and own != given.default and any(group["lr"] != own for group in groups):

@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tests.doubles import TinyBackbone
 from tests.ranks import run_on_ranks
 from tests.staged import EPOCHS, SCHEDULE, TRAINED, Watch, classifier, images, schedulers, trainer
-from tl_lightning.callbacks import StagedUnfreezing
+from tl_lightning.callbacks import FrozenDriftError, StagedUnfreezing
 from tl_lightning.fingerprints import fingerprint
 from tl_lightning.modules import PartialFineTuning
 
@@ -106,6 +106,35 @@ def test_old_wrappers_are_freed(runs: dict[int, list[dict[str, Any]]]) -> None:
     for rank in runs[2]:
         assert rank["plain"]["wrappers"] == 4, "one for each change of stage, and that of the start"
         assert rank["plain"]["alive"] == 0
+
+
+class Rank1(pl.Callback):
+    """Change a tensor of one rank alone, within the first stage."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
+        if trainer.global_rank == 1 and trainer.global_step == 2:
+            pl_module.state_dict()[self.name] += 1
+
+
+def diverge(photos: str, folder: str, world: int) -> list[str]:
+    said = []
+    for name in ("backbone.model.stem.conv.weight", "head.linear.weight"):
+        run = trainer(folder, StagedUnfreezing(SCHEDULE), Rank1(name), devices=world, strategy="ddp")
+        with pytest.raises(FrozenDriftError) as caught:
+            run.fit(classifier(), images(photos, batch_size=4))
+        said.append(f"epoch {run.current_epoch}: {caught.value}")
+    return said
+
+
+def test_ranks_are_compared_before_a_stage_makes_them_equal(photos: Path, tmp_path: Path) -> None:
+    for frozen, trained in run_on_ranks(
+        __name__, "diverge", tmp_path / "out", photos=str(photos), folder=str(tmp_path)
+    ):
+        assert frozen.startswith("epoch 1: backbone.model.stem.conv.weight changed while frozen")
+        assert trained.startswith("epoch 1: head.linear.weight differs between the 2 ranks")
 
 
 # Resuming -------------------------------------------------------------------------------------------------------------

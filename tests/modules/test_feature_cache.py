@@ -150,3 +150,9 @@ def test_resumed_within_its_pass_is_refused(photos: Path, tmp_path: Path) -> Non
             ckpt_path=tmp_path / "within.ckpt",
             weights_only=True,
         )
+
+
+@pytest.mark.parametrize("precision", ["64-true", "bf16-true"])
+def test_other_precision_is_refused(precision: Any, photos: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=f"in single precision, and precision is {precision}: use 32-true"):
+        trainer(tmp_path, precision=precision).fit(FeatureCacheClassifier(TinyBackbone(), 3), images(photos))

@@ -6,7 +6,7 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
-from lightning.pytorch.callbacks import LearningRateFinder, StochasticWeightAveraging
+from lightning.pytorch.callbacks import LearningRateFinder, ModelCheckpoint, StochasticWeightAveraging
 from torch import Tensor, nn
 
 from tests.doubles import TinyBackbone, image_folder
@@ -15,6 +15,7 @@ from tl_lightning.backbones import Backbone, TimmBackbone, TorchvisionBackbone
 from tl_lightning.batch import Batch
 from tl_lightning.callbacks import StagedUnfreezing
 from tl_lightning.data import ImageFolderDataModule
+from tl_lightning.fingerprints import fingerprint
 from tl_lightning.heads import CosineHead, MLPHead
 from tl_lightning.modules import LinearProbe, PartialFineTuning, TransferClassifier
 
@@ -384,6 +385,37 @@ def test_resuming_with_something_else_says_what(photos: Path, tmp_path: Path) ->
         resume(optimizer=torch.optim.SGD)
     with pytest.warns(UserWarning, match="followed a schedule of 3 steps before, and follow one of 6 now"):
         resume()
+
+
+class Wild(PartialFineTuning):
+    def stages_from(self, stage: str | int) -> list[str]:
+        return ["stem", "layer3"] if stage == "layer3" else list(super().stages_from(stage))
+
+
+def test_stages_that_may_not_train_are_named(photos: Path, tmp_path: Path) -> None:
+    model = Wild(TinyBackbone(), 3, unfreeze_from="layer2")
+    with pytest.raises(
+        ValueError, match=r"stages_from\('layer3'\) of Wild gives stem, and only layer2, layer3 may train"
+    ):
+        trainer(tmp_path, StagedUnfreezing({1: "layer3"})).fit(model, images(photos))
+
+
+def test_optimizer_without_groups_is_refused(photos: Path, tmp_path: Path) -> None:
+    with pytest.raises(
+        ValueError, match=r"cannot be made of groups of parameters.*LBFGS doesn't support per-parameter"
+    ):
+        trainer(tmp_path).fit(classifier(optimizer=torch.optim.LBFGS), images(photos))
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`, callbacks:UserWarning")
+@pytest.mark.parametrize("optimizer", [torch.optim.Adafactor, torch.optim.Rprop, torch.optim.Adagrad])
+def test_any_optimizer_is_resumed(optimizer: Any, photos: Path, tmp_path: Path) -> None:
+    whole = classifier(optimizer=optimizer)
+    trainer(tmp_path, ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1, save_on_train_epoch_end=True),
+            max_epochs=3, enable_checkpointing=True).fit(whole, images(photos))  # fmt: skip
+    again = classifier(optimizer=optimizer)
+    trainer(tmp_path, max_epochs=3).fit(again, images(photos), ckpt_path=tmp_path / "epoch=0.ckpt", weights_only=True)
+    assert fingerprint(again.state_dict()) == fingerprint(whole.state_dict())
 
 
 def test_rates_are_logged(photos: Path, tmp_path: Path) -> None:

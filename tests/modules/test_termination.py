@@ -36,6 +36,29 @@ def terminated(world: int, photos: str, folder: str) -> list[int]:
     return ends
 
 
+class TellSanityCheck(pl.Callback):
+    """Send the signal to all processes before the first validation."""
+
+    def on_validation_batch_start(self, trainer: pl.Trainer, *args: Any) -> None:
+        if trainer.sanity_checking:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def terminated_in_the_sanity_check(world: int, photos: str, folder: str) -> int:
+    options: dict[str, Any] = {"devices": world, "strategy": "ddp" if world > 1 else "auto"}
+    run = trainer(folder, TellSanityCheck(), **options)
+    with pytest.raises(SIGTERMException):
+        run.fit(classifier(), images(photos, batch_size=4 // world))
+    return run.global_step
+
+
+def test_sanity_check(photos: Path, tmp_path: Path) -> None:
+    arguments: dict[str, Any] = {"photos": str(photos), "folder": str(tmp_path)}
+    assert terminated_in_the_sanity_check(1, **arguments) == 0
+    found = run_on_ranks(__name__, "terminated_in_the_sanity_check", tmp_path / "out", **arguments)
+    assert found == [0, 0]
+
+
 def test_one_process(photos: Path, tmp_path: Path) -> None:
     assert terminated(1, str(photos), str(tmp_path)) == [2]
 

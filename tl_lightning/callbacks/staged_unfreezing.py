@@ -14,7 +14,8 @@ from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
 from tl_lightning.freezing import HEAD
-from tl_lightning.modules import TransferClassifier, Unfreezes
+from tl_lightning.modules import FrozenGuard, TransferClassifier, Unfreezes
+from tl_lightning.optim import stage_of_group
 
 _NEVER = sys.maxsize
 
@@ -115,7 +116,7 @@ class StagedUnfreezing(BaseFinetuning, Unfreezes):
                 "the deepest stage of the schedule as unfreeze_from"
             )
         for target in self.schedule.values():
-            pl_module.stages_from(target)
+            pl_module.train_from(target)  # raises where that cannot be
         self._patience = {c: c.patience for c in trainer.callbacks if isinstance(c, EarlyStopping)}  # type: ignore[attr-defined]  # Lightning's own list
         self.finetune_function(pl_module, trainer.current_epoch, None)
 
@@ -193,6 +194,9 @@ class StagedUnfreezing(BaseFinetuning, Unfreezes):
             stopping.patience = patience if begun or self.stop_early else _NEVER
         if pl_module.staging.trained == frozenset(pl_module.stages_from(self.stage_at(trainer.current_epoch))):
             return
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]  # Lightning's own list
+            if isinstance(callback, FrozenGuard):
+                callback.end_stage(trainer, pl_module)
         if isinstance(trainer.strategy, ModelParallelStrategy):
             for module in pl_module.modules():
                 if isinstance(module, FSDPModule):
@@ -212,7 +216,7 @@ class StagedUnfreezing(BaseFinetuning, Unfreezes):
         share = trainer.fit_loop.epoch_loop.batch_progress.current.ready / batches if math.isfinite(batches) else 1.0
         self._saved_lrs = [group["lr"] for group in optimizer.param_groups]
         for group in optimizer.param_groups:
-            stage = group["name"].removesuffix("_no_decay")
+            stage = stage_of_group(group)
             group["lr"] = group["lr"] * self.warmup(stage, trainer.current_epoch, share, classifier)
 
     def _restore(self, optimizer: Optimizer) -> None:

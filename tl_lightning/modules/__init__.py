@@ -3,6 +3,7 @@
 from tl_lightning.modules.base import TransferClassifier
 from tl_lightning.modules.custom_head import CustomHeadClassifier
 from tl_lightning.modules.feature_cache import FeatureCacheClassifier
+from tl_lightning.modules.frozen_guard import FrozenGuard
 from tl_lightning.modules.linear_probe import LinearProbe
 from tl_lightning.modules.partial_fine_tuning import PartialFineTuning
 from tl_lightning.modules.staged import Unfreezes
@@ -10,6 +11,7 @@ from tl_lightning.modules.staged import Unfreezes
 __all__ = [
     "CustomHeadClassifier",
     "FeatureCacheClassifier",
+    "FrozenGuard",
     "LinearProbe",
     "PartialFineTuning",
     "TransferClassifier",

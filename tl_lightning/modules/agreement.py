@@ -3,9 +3,10 @@
 from collections.abc import Sequence
 
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import LearningRateFinder, StochasticWeightAveraging
+from lightning.pytorch.callbacks import EarlyStopping, LearningRateFinder, ModelCheckpoint, StochasticWeightAveraging
 
 from tl_lightning.batch import NamesClasses, Preprocesses
+from tl_lightning.messages import unknown
 from tl_lightning.transforms import Preprocessing
 
 
@@ -50,6 +51,24 @@ def check_number(num_classes: int, names: Sequence[str] | None) -> None:
         raise ValueError(
             f"num_classes is {num_classes}, and there are {len(names)} classes in the data: {', '.join(names)}; leave "
             "num_classes out on the command line, and pass num_classes=data.num_classes in Python"
+        )
+
+
+def check_monitors(trainer: Trainer) -> None:
+    """Make sure, once a validation has been tried, that it logs what callbacks go by.
+
+    Raises:
+        ValueError: It does not.
+    """
+    names = sorted(trainer.callback_metrics)
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]  # Lightning's own list
+        if not isinstance(callback, (EarlyStopping, ModelCheckpoint)):
+            continue
+        lenient = isinstance(callback, EarlyStopping) and not callback.strict
+        if callback.monitor is None or lenient or not callback.monitor.startswith("val") or callback.monitor in names:
+            continue
+        raise ValueError(
+            f"{type(callback).__name__} monitors an {unknown('score', callback.monitor, names)}, and train_loss"
         )
 
 

@@ -152,6 +152,11 @@ class TransferClassifier(Recorded, Staged, Optimized, Evaluated):
         self._boundary.begin(self.trainer, self, self.staging)
         seed_torch(run_seed(), "step", self.trainer.global_step, batch_idx, self.trainer.global_rank)
 
+    def on_validation_end(self) -> None:
+        """Look, before training, whether there are the scores that callbacks go by."""
+        if self.trainer.sanity_checking:
+            agreement.check_monitors(self.trainer)
+
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Compute the loss of a training batch."""
         loss = self.training_loss(batch)

@@ -64,7 +64,7 @@ class FeatureCacheClassifier(TransferClassifier):
         """Make the run as long as the solution takes.
 
         Raises:
-            ValueError: A callback averages weights, or the data have several views of an image.
+            ValueError: A callback averages weights, the data have several views of an image, or the network has another precision.
         """
         super().setup(stage)
         if stage != "fit":
@@ -74,6 +74,10 @@ class FeatureCacheClassifier(TransferClassifier):
             raise ValueError(
                 f"data.views is {data.views}; the head is solved for on the images as they are: leave views out, or train "
                 "LinearProbe"
+            )
+        if str(self.trainer.precision) not in ("32-true", "16-mixed", "bf16-mixed"):
+            raise ValueError(
+                f"the head is solved for in single precision, and precision is {self.trainer.precision}: use 32-true, or a mixed one"
             )
         self.trainer.fit_loop.max_epochs = 1
         self._seen.clear()

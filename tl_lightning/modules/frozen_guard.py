@@ -2,11 +2,11 @@
 
 from typing import Any
 
-import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from tl_lightning.features.together import from_all
 from tl_lightning.fingerprints import fingerprints
 from tl_lightning.freezing import Staging
 
@@ -39,7 +39,7 @@ class FrozenGuard(Callback):
             FrozenDriftError: Something frozen has changed, or replicas differ.
         """
         if self._trained != _staging(pl_module).trained:
-            self._end(trainer, pl_module)
+            self.end_stage(trainer, pl_module)
             self._begin(pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -48,16 +48,27 @@ class FrozenGuard(Callback):
         Raises:
             FrozenDriftError: Something frozen has changed, or replicas differ.
         """
-        self._end(trainer, pl_module)
+        self.end_stage(trainer, pl_module)
+
+    def end_stage(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Compare, unless that was done already: before a stage changes, and with it what DDP makes equal on all ranks.
+
+        Raises:
+            FrozenDriftError: Something frozen has changed, or replicas differ.
+        """
+        if self._trained is not None:
+            self._trained = None
+            self._compare(trainer, pl_module)
 
     def _begin(self, pl_module: LightningModule) -> None:
         self._trained = _staging(pl_module).trained
         self._before = fingerprints(_still(pl_module))
 
-    def _end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def _compare(self, trainer: Trainer, pl_module: LightningModule) -> None:
         tensors = _tensors(pl_module)
         now = fingerprints({name: tensors[name] for name in self._before})
-        drifted = [name for name, digest in self._before.items() if now[name] != digest]
+        here = [name for name, digest in self._before.items() if now[name] != digest]
+        drifted = list(dict.fromkeys(name for each in from_all(here) for name in each))
         if drifted:
             raise FrozenDriftError(
                 f"{_list(drifted)} changed while frozen. Something has written to it: look for code that trains it by itself, "
@@ -66,8 +77,7 @@ class FrozenGuard(Callback):
         if trainer.world_size > 1:
             moving = {n: p for n, p in pl_module.named_parameters() if n not in now and not isinstance(p, DTensor)}
             mine = {n: d for n, d in now.items() if not isinstance(tensors[n], DTensor)} | fingerprints(moving)
-            found: list[dict[str, str]] = [{}] * trainer.world_size
-            dist.all_gather_object(found, mine)
+            found = from_all(mine)
             differing = [name for name, digest in found[0].items() if any(other[name] != digest for other in found)]
             if differing:
                 raise FrozenDriftError(

@@ -121,7 +121,8 @@ class Optimized(LightningModule):
         """
         optimizer = self.trainer.optimizers[0]
         for group, given in zip(optimizer.param_groups, self._rates, strict=False):
-            lost = set(optimizer.defaults) - set(group)
+            # torch adds the last one to any optimizer that takes up a state, and never to its groups.
+            lost = set(optimizer.defaults) - set(group) - {"differentiable"}
             if lost:
                 raise ValueError(
                     f"the run that is resumed had another optimizer, since its state lacks {', '.join(sorted(lost))}, which "
@@ -147,9 +148,9 @@ class Optimized(LightningModule):
 
     def _note_rates(self, optimizer: Optimizer) -> None:
         for group in optimizer.param_groups:
-            stage = str(group.get("name")).removesuffix("_no_decay")
+            stage = optim.stage_of_group(group)
             self.used_lrs[stage] = float(group["lr"]) if stage == HEAD or stage in self.staging.trained else 0.0
 
 
 def _stages(groups: list[str]) -> str:
-    return ", ".join(dict.fromkeys(name.removesuffix("_no_decay") for name in groups))
+    return ", ".join(dict.fromkeys(optim.stage_of_group({"name": name}) for name in groups))

@@ -33,7 +33,14 @@ class Staged(LightningModule):
         Raises:
             ValueError: There is no such stage, or it may not train.
         """
-        self.staging.train(self.stages_from(stage))
+        names = self.stages_from(stage)
+        wrong = [name for name in names if name not in self.staging.trainable]
+        if wrong:
+            raise ValueError(
+                f"stages_from({stage!r}) of {type(self).__name__} gives {', '.join(wrong)}, and only "
+                f"{', '.join(self.staging.trainable) or 'the head'} may train: return some of these"
+            )
+        self.staging.train(names)
 
     def stages_from(self, stage: str | int) -> Sequence[str]:
         """Return the names of the backbone's stages that train when training goes from ``stage`` on."""

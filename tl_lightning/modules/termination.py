@@ -20,9 +20,19 @@ class Termination(Callback):
     def __init__(self) -> None:
         self._asked = False
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Take the signal over from Lightning, which gives it back to its first owner at the end."""
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Forget what another run was told."""
         self._asked = False
+
+    def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take the signal over from Lightning, which gives it back to its first owner at the end."""
+        self._take_over()
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take the signal over where there was no validation before."""
+        self._take_over()
+
+    def _take_over(self) -> None:
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, self._note)
 
@@ -35,7 +45,7 @@ class Termination(Callback):
 
     def on_validation_batch_end(self, trainer: Trainer, *args: Any) -> None:
         """End the run, if a rank was told to."""
-        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+        if trainer.state.fn == "fit":
             self._end(trainer)
 
     def _end(self, trainer: Trainer) -> None:
