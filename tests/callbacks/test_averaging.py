@@ -65,6 +65,18 @@ def test_score_after_fit_is_that_of_the_saved_average(stage: str, photos: Path, 
     assert scores == getattr(trainer(tmp_path), stage)(again, images(photos), verbose=False)
 
 
+def test_complete_run_that_is_resumed_is_the_average(photos: Path, tmp_path: Path) -> None:
+    ends = []
+    for resume in (None, tmp_path / "end.ckpt"):
+        model = classifier(lr=0.05)
+        run = trainer(tmp_path, EMA(0.9), max_epochs=2)
+        run.fit(model, images(photos), ckpt_path=resume, weights_only=True)
+        if resume is None:
+            run.save_checkpoint(tmp_path / "end.ckpt")
+        ends.append(fingerprint(model.state_dict()))
+    assert ends[0] == ends[1]
+
+
 def test_wrong_decay() -> None:
     with pytest.raises(ValueError, match=r"decay is 1\.5; it is a share"):
         EMA(decay=1.5)

@@ -7,7 +7,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from tests.staged import classifier, images, schedulers, trainer
-from tl_lightning.callbacks import EMA, ProbeFallback, StagedUnfreezing
+from tl_lightning.callbacks import EMA, Outcome, ProbeFallback, StagedUnfreezing
 from tl_lightning.fingerprints import fingerprint
 from tl_lightning.modules import PartialFineTuning
 
@@ -153,6 +153,71 @@ def test_probe_is_what_was_validated(photos: Path, tmp_path: Path) -> None:
             photos, tmp_path, backbone_lr=50.0, schedule={5: "layer1"}, max_epochs=8, trainer=of_trainer
         )
     assert score == pytest.approx(fallback.probe_score)
+
+
+def test_probe_of_another_run_is_refused(photos: Path, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"backbone_lr": 50.0, "schedule": {1: "layer1"}, "scheduler": schedulers(0)["none"]}
+
+    def resume(epochs: int, **more: Any) -> None:
+        run(
+            photos,
+            tmp_path,
+            tmp_path / "last.ckpt",
+            ModelCheckpoint(tmp_path, "x"),
+            max_epochs=epochs,
+            **options,
+            **more,
+        )
+
+    with pytest.warns(UserWarning, match="handed back"):
+        run(photos, tmp_path, None, ModelCheckpoint(tmp_path, "last"), max_epochs=2, **options)
+    probe = tmp_path / "probe.ckpt"
+    content = probe.read_bytes()
+    saved = torch.load(probe, weights_only=True)
+    (key,) = (key for key in saved["callbacks"] if key == "ProbeFallback")
+    saved["callbacks"][key]["probe_score"] += 0.25
+    torch.save(saved, probe)
+    for epochs in (2, 3):
+        with pytest.raises(ValueError, match=r"needs the probe of the run that is resumed, with val_accuracy .*has"):
+            resume(epochs)
+    probe.write_bytes(content[:1000])
+    for epochs in (2, 3):
+        with pytest.raises(ValueError, match=r"probe.ckpt' cannot be read safely"):
+            resume(epochs)
+    probe.write_bytes(content)
+    with pytest.raises(ValueError, match="compares 'val_f1', and the run that is resumed compared 'val_accuracy'"):
+        resume(3, monitor="val_f1")
+
+
+def test_fine_tuned_backbone_is_no_probe(photos: Path, tmp_path: Path) -> None:
+    """A run that is resumed with a schedule that unfreezes later keeps the probe that it had."""
+    options: dict[str, Any] = {"backbone_lr": 50.0, "scheduler": schedulers(0)["none"]}
+    with pytest.warns(UserWarning, match="handed back"):
+        run(photos, tmp_path, None, ModelCheckpoint(tmp_path, "last"), max_epochs=2, schedule={1: "layer1"}, **options)
+    before = (tmp_path / "probe.ckpt").read_bytes()
+    late: dict[int, str | int] = {9: "layer1"}
+    last = tmp_path / "last.ckpt"
+    with pytest.warns(UserWarning, match="handed back"):
+        run(photos, tmp_path, last, ModelCheckpoint(tmp_path, "x"), max_epochs=4, schedule=late, **options)
+    assert (tmp_path / "probe.ckpt").read_bytes() == before
+
+
+def test_outcome_names_the_probe_wherever_it_stands(
+    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    best = ModelCheckpoint(tmp_path, "best", monitor="val_f1", mode="max")
+    staged = StagedUnfreezing({6: "layer1"}, warmup_epochs=0)
+    each = trainer(tmp_path, Outcome(), staged, ProbeFallback(), best, max_epochs=10, enable_checkpointing=True)
+    with pytest.warns(UserWarning, match="handed back"):
+        each.fit(classifier(lr=0.05, backbone_lr=50.0), images(photos))
+    printed = capsys.readouterr().out
+    assert "probe.ckpt" in printed
+    assert "best.ckpt" not in printed
+
+
+def test_nothing_is_written_by_a_trial_run(photos: Path, tmp_path: Path) -> None:
+    run(photos, tmp_path, trainer={"fast_dev_run": True})
+    assert not list(tmp_path.rglob("*.ckpt"))
 
 
 def test_wrong_use(photos: Path, tmp_path: Path) -> None:

@@ -44,7 +44,17 @@ class EMA(WeightAveraging):
             warnings.filterwarnings("ignore", "You're using the WeightAveraging callback with a model that overrides")
             super().setup(trainer, pl_module, stage)
         self._frozen = None
+        self._begun = False
         self._latest_update_step = trainer.global_step  # else one that was used before waits for its old run's step
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Note that there is something left to train."""
+        self._begun = True
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Be the average also where the run that is resumed was complete."""
+        if not self._begun and self._average_model is not None:
+            self._copy_average_to_current(pl_module)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Where a stage begins, let the average of what is frozen be what it is; else a re-frozen part would trail behind."""

@@ -21,25 +21,15 @@ class Outcome(Callback):
         self._title = ""
         self._rows: dict[str, str] = {}
         self._begun = False
+        self._fitted = False
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Note that there is something left to train."""
         self._begun = True
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Note the best score."""
-        folder = trainer.log_dir  # asks all ranks
-        best, probe = best_of(trainer), handed_back(trainer)
-        self._title, self._rows = "trained", {}
-        if not self._begun:
-            self._rows = _complete(trainer)
-        self._begun = False
-        if probe is not None:
-            self._rows["handed back"] = str(probe)
-        elif best is not None and best.best_model_score is not None:
-            self._rows[f"best {best.monitor}"] = f"{float(best.best_model_score):.4f}"
-            self._rows["best model"] = best.best_model_path
-        self._rows["outputs"] = str(folder)
+        """Note that the fit has come to its end."""
+        self._fitted = True
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Note the scores of a validation that is no part of a fit."""
@@ -56,6 +46,8 @@ class Outcome(Callback):
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Print what was noted."""
+        if self._fitted:  # and all other callbacks have had their say
+            self._note_fit(trainer)
         if self._rows:
             print_table(self._title, self._rows)
         self._rows = {}
@@ -71,6 +63,17 @@ class Outcome(Callback):
             )
         else:
             print_table("interrupted", {"saved": "nothing yet: checkpoints are written after each epoch"})
+
+    def _note_fit(self, trainer: Trainer) -> None:
+        self._title, self._rows = "trained", {} if self._begun else _complete(trainer)
+        best, probe = best_of(trainer), handed_back(trainer)
+        if probe is not None:
+            self._rows["handed back"] = str(probe)
+        elif best is not None and best.best_model_score is not None:
+            self._rows[f"best {best.monitor}"] = f"{float(best.best_model_score):.4f}"
+            self._rows["best model"] = best.best_model_path
+        self._rows["outputs"] = str(trainer.log_dir)  # asks all ranks
+        self._begun = self._fitted = False
 
     def _note_scores(self, trainer: Trainer, title: str, split: str) -> None:
         self._title, self._rows = title, _checkpoint(trainer)

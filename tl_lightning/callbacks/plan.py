@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
@@ -10,6 +11,7 @@ from tl_lightning.callbacks.table import print_table
 from tl_lightning.data import CachedFeaturesDataModule, images_of
 from tl_lightning.freezing import HEAD
 from tl_lightning.modules import TransferClassifier
+from tl_lightning.optim import stage_of_group
 
 _NAMES_SHOWN = 12
 
@@ -43,7 +45,7 @@ def describe_plan(trainer: Trainer, classifier: TransferClassifier) -> dict[str,
         rows["solved by"] = f"{type(classifier.head).__name__}, on all features at once"
     ever = {HEAD, *_ever_trained(trainer, classifier)}
     for optimizer in trainer.optimizers if classifier.automatic_optimization else ():
-        rates = {str(group.get("name")): group.get("initial_lr", group["lr"]) for group in optimizer.param_groups}
+        rates = {stage_of_group(group): _rate(group) for group in optimizer.param_groups}
         shown = ", ".join(f"{name} {lr:.3g}" for name, lr in rates.items() if name in ever)
         rows["learning rates"] = f"{type(optimizer).__name__}: {shown}"
     if classifier.automatic_optimization:
@@ -68,7 +70,16 @@ def _ever_trained(trainer: Trainer, classifier: TransferClassifier) -> set[str]:
 
 
 def _is_reached(trainer: Trainer, epoch: int) -> bool:
-    return trainer.max_epochs in (None, -1) or epoch < (trainer.max_epochs or 0)
+    epochs = math.inf if trainer.max_epochs in (None, -1) else float(trainer.max_epochs or 0)
+    if trainer.max_steps != -1 and math.isfinite(trainer.num_training_batches):
+        a_step = trainer.accumulate_grad_batches
+        epochs = min(epochs, math.ceil(trainer.max_steps / math.ceil(trainer.num_training_batches / a_step)))
+    return epoch < epochs
+
+
+def _rate(group: dict[str, Any]) -> float:
+    """Return the rate of a group: the highest, where a schedule goes up to one and down again."""
+    return float(group.get("max_lr", group.get("initial_lr", group["lr"])))
 
 
 def _stages(trainer: Trainer, classifier: TransferClassifier) -> dict[str, str]:
@@ -88,7 +99,7 @@ def _stages(trainer: Trainer, classifier: TransferClassifier) -> dict[str, str]:
     frozen = [name for name in names if name not in ever]
     if frozen:
         rows["frozen"] = f"{_span(frozen, names)}: {_size(classifier, frozen)} parameters, in eval mode"
-        may = {str(group.get("name")) for optimizer in trainer.optimizers for group in optimizer.param_groups}
+        may = {stage_of_group(group) for optimizer in trainer.optimizers for group in optimizer.param_groups}
         idle = [name for name in frozen if name in may]
         if idle:
             never = "never does" if len(idle) == 1 else "never do"

@@ -4,13 +4,13 @@ import shutil
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from tl_lightning.callbacks.staged_unfreezing import StagedUnfreezing
 from tl_lightning.modules import TransferClassifier
+from tl_lightning.modules import checkpoint as checkpoints
 
 FILE = "probe.ckpt"
 
@@ -42,6 +42,7 @@ class ProbeFallback(Callback):
         self.probe_score: float | None = None
         self.last_score: float | None = None
         self.handed_back = False
+        self._found = False  # the probe that a stage falls back on
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Make sure that there is a probe to fall back on.
@@ -60,10 +61,10 @@ class ProbeFallback(Callback):
         if not trainer.limit_val_batches:
             raise ValueError("ProbeFallback compares scores on validation, and limit_val_batches is 0")
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take the probe of the run that is resumed along into another folder."""
         path = self.path(trainer)
-        beside = Path(trainer.ckpt_path or "").with_name(FILE) if trainer.ckpt_path else path
+        beside = Path(trainer.ckpt_path).with_name(FILE) if trainer.ckpt_path else path
         if trainer.is_global_zero and self.probe_score is not None and not path.is_file() and beside.is_file():
             path.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(beside, path)
@@ -75,7 +76,7 @@ class ProbeFallback(Callback):
         Raises:
             ValueError: There is no such score on validation.
         """
-        if trainer.state.fn != "fit":
+        if trainer.state.fn != "fit" or trainer.fast_dev_run:  # type: ignore[attr-defined]  # Lightning sets it
             return
         score = trainer.callback_metrics.get(self.monitor)
         if score is None:
@@ -86,7 +87,7 @@ class ProbeFallback(Callback):
         if trainer.sanity_checking:
             return
         first = self._first_epoch(trainer, pl_module)
-        if first is not None and trainer.current_epoch < first:
+        if first is not None and trainer.current_epoch < first and self.last_score is None:
             self.probe_score = float(score)
             # Not the weights alone, for callbacks have a say in a whole checkpoint, as one that averages the weights.
             trainer.save_checkpoint(self.path(trainer), weights_only=False)
@@ -100,18 +101,15 @@ class ProbeFallback(Callback):
             ValueError: The run that is resumed was not validated before this stage, or its folder has lost the probe.
         """
         assert isinstance(pl_module, TransferClassifier)  # noqa: S101 - StagedUnfreezing has made sure
-        if not pl_module.staging.trained or (self.probe_score is not None and batch_idx > 0):
+        if not pl_module.staging.trained or self._found:
             return
         if self.probe_score is None:
             raise ValueError(
                 f"the backbone begins to train in epoch {trainer.current_epoch}, and there was no validation before it, so "
                 "ProbeFallback has no probe: validate every epoch, or let a later epoch be the first of the schedule"
             )
-        if not self.path(trainer).is_file():
-            raise FileNotFoundError(
-                f"ProbeFallback needs the probe of the run that is resumed, and {str(self.path(trainer))!r} does not exist: put it "
-                "there, or leave ProbeFallback out"
-            )
+        self._read(trainer)
+        self._found = True
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Hand the probe's weights back where that is better."""
@@ -122,8 +120,7 @@ class ProbeFallback(Callback):
                 "the run ended before fine-tuning was validated, so there is nothing to compare with the probe"
             )
             return
-        saved = torch.load(self.path(trainer), map_location="cpu", weights_only=True)
-        score, probe = self.last_score, float(saved["callbacks"][self.state_key]["probe_score"])
+        saved, score, probe = self._read(trainer), self.last_score, self.probe_score
         compared = f"fine-tuning ended with {self.monitor} {score:.4f}, the probe had {probe:.4f}"
         if score >= probe if self.mode == "max" else score <= probe:
             rank_zero_info(f"{compared}: the fine-tuned weights stay")
@@ -136,18 +133,44 @@ class ProbeFallback(Callback):
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what the probe scored, and what fine-tuning scored last."""
-        return {"probe_score": self.probe_score, "last_score": self.last_score}
+        """Return what the probe scored, what fine-tuning scored last, and by what."""
+        return {"probe_score": self.probe_score, "last_score": self.last_score, "monitor": self.monitor}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take up the probe of the run that is resumed."""
+        """Take up the probe of the run that is resumed.
+
+        Raises:
+            ValueError: It was compared by another score.
+        """
+        monitor = state_dict.get("monitor", self.monitor)
+        if monitor != self.monitor:
+            raise ValueError(
+                f"ProbeFallback compares {self.monitor!r}, and the run that is resumed compared {monitor!r}: resume with that"
+            )
         self.probe_score, self.last_score = state_dict["probe_score"], state_dict["last_score"]
 
+    def _read(self, trainer: Trainer) -> dict[str, Any]:
+        """Return the probe's checkpoint, of this run."""
+        path = self.path(trainer)
+        out = "put it there, or leave ProbeFallback out"
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"ProbeFallback needs the probe of the run that is resumed, and {str(path)!r} does not exist: {out}"
+            )
+        saved = checkpoints.read(path)
+        score = saved.get("callbacks", {}).get(self.state_key, {}).get("probe_score")
+        if score != self.probe_score:
+            raise ValueError(
+                f"ProbeFallback needs the probe of the run that is resumed, with {self.monitor} {self.probe_score}, and {str(path)!r} "
+                f"has {score}: {out}"
+            )
+        return saved
+
     def path(self, trainer: Trainer) -> Path:
-        """Return where the probe lies: beside the other checkpoints, wherever the run's folder is now."""
-        checkpoints = trainer.checkpoint_callback
-        if isinstance(checkpoints, ModelCheckpoint) and checkpoints.dirpath is not None:
-            return Path(checkpoints.dirpath) / FILE
+        """Return where the probe lies: beside the last checkpoints, wherever the run's folder is now."""
+        folders = [c.dirpath for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint) and c.dirpath]
+        if folders:
+            return Path(folders[-1]) / FILE
         return Path(trainer.log_dir or trainer.default_root_dir) / FILE
 
     def _first_epoch(self, trainer: Trainer, pl_module: LightningModule) -> int | None:
