@@ -3,6 +3,7 @@
 import csv
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -19,7 +20,8 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from tests.doubles import image_folder, save_image
 from tl_lightning.cli import main
-from tl_lightning.defaults import claim_folder, default_precision, find_checkpoint
+from tl_lightning.defaults import claim_folder, default_precision, find_checkpoint, newest_checkpoint
+from tl_lightning.fingerprints import fingerprint
 from tl_lightning.images import read_image
 from tl_lightning.modules import LinearProbe, TransferClassifier
 from tl_lightning.transforms import eval_transform
@@ -162,6 +164,83 @@ def test_checkpoints_of_ones_own_come_on_top(photos: Path, tmp_path: Path, capsy
     with pytest.raises(SystemExit):
         fit(photos, tmp_path, *steps, *interrupt)
     assert "step=6.ckpt" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["best", "last"])
+def test_checkpoints_do_not_share_a_name(name: str, photos: Path, tmp_path: Path) -> None:
+    own = ["--trainer.callbacks=ModelCheckpoint", f"--trainer.callbacks.filename={name}"]
+    with pytest.raises(
+        ValueError, match=f"is to write {name}.ckpt, which the run writes itself: give it another filename"
+    ):
+        fit(photos, tmp_path, *own)
+    with pytest.raises(ValueError, match="another filename"):
+        fit(photos, tmp_path, *own, f"--trainer.callbacks.dirpath={tmp_path / 'version_0' / 'checkpoints'}")
+    fit(photos, tmp_path, *own, f"--trainer.callbacks.dirpath={tmp_path / 'elsewhere'}")
+
+
+def test_last_is_what_was_written_last(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    steps = ["--trainer.callbacks=ModelCheckpoint", "--trainer.callbacks.every_n_train_steps=1", "--data.batch_size=8"]
+    steps += ["--trainer.callbacks.filename={step}"]
+    weights = [*steps, "--trainer.callbacks+=ModelCheckpoint", "--trainer.callbacks.save_weights_only=true"]
+    weights += ["--trainer.callbacks.every_n_train_steps=3", "--trainer.callbacks.filename=weights"]
+    interrupt = ["--trainer.callbacks+=tests.test_cli.Interrupt", "--trainer.callbacks.batch=2"]
+    whole = fit(photos, tmp_path / "whole", *weights)
+    with pytest.raises(SystemExit):
+        fit(photos, tmp_path / "runs", *weights, *interrupt)
+    assert "step=6.ckpt" in capsys.readouterr().out
+    resumed = [f"--data.root={photos}", "--data.num_workers=0", "--trainer.max_epochs=2", "--model.lr=0.05"]
+    main(["fit", *TINY, *resumed, f"--trainer.default_root_dir={tmp_path / 'runs'}", *weights, "--ckpt_path=last"])
+    ends = [torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+            for folder in (whole, tmp_path / "runs" / "version_0")]  # fmt: skip
+    assert fingerprint(ends[0]) == fingerprint(ends[1])
+
+
+class InterruptValidation(pl.Callback):
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.current_epoch == 1:
+            raise KeyboardInterrupt
+
+
+def test_last_is_nothing_that_would_go_on_without_a_validation(
+    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    steps = ["--trainer.callbacks=ModelCheckpoint", "--trainer.callbacks.every_n_train_steps=4", "--data.batch_size=8"]
+    with pytest.raises(SystemExit):
+        fit(photos, tmp_path, *steps, "--trainer.callbacks+=tests.test_cli.InterruptValidation")
+    place = tmp_path / "version_0" / "checkpoints"
+    assert len(list(place.glob("*.ckpt"))) == 3
+    assert str(place / "last.ckpt") in capsys.readouterr().out
+    assert newest_checkpoint(tmp_path) == place / "last.ckpt"
+
+
+@pytest.mark.filterwarnings("ignore:the learning rates followed a schedule of 3 steps before:UserWarning")
+def test_run_that_goes_on_in_another_folder_takes_its_best_along(photos: Path, tmp_path: Path) -> None:
+    folder = fit(photos, tmp_path / "runs", "--trainer.max_epochs=3")
+    (tmp_path / "other").mkdir()
+    for lost in (False, True):
+        copied = tmp_path / "other" / f"{lost}.ckpt"
+        shutil.copyfile(folder / "checkpoints" / "last.ckpt", copied)
+        if lost:
+            (folder / "checkpoints" / "best.ckpt").unlink()
+        more = ["--trainer.max_epochs=4", "--test_after_fit=true", f"--ckpt_path={copied}"]
+        again = fit(photos, tmp_path / f"{lost}", *more)
+        assert (again / "checkpoints" / "best.ckpt").is_file()
+
+
+def test_fewer_epochs_than_are_done_are_refused(photos: Path, tmp_path: Path) -> None:
+    folder = fit(photos, tmp_path, "--trainer.max_epochs=3")
+    with pytest.raises(ValueError, match=r"has 3 epochs behind it, and trainer.max_epochs is 1: give at least 3"):
+        fit(photos, tmp_path, "--trainer.max_epochs=1", f"--ckpt_path={folder / 'checkpoints' / 'last.ckpt'}")
+
+
+@pytest.mark.parametrize("callback", ["EarlyStopping", "ModelCheckpoint"])
+def test_score_that_does_not_exist_is_named_before_training(callback: str, photos: Path, tmp_path: Path) -> None:
+    wrong = [f"--trainer.callbacks={callback}", "--trainer.callbacks.monitor=val_acc"]
+    with pytest.raises(
+        ValueError, match=f"{callback} monitors an unknown score 'val_acc'; did you mean 'val_accuracy'"
+    ):
+        fit(photos, tmp_path, *wrong)
+    assert not list(tmp_path.iterdir())
 
 
 def test_probe_that_is_handed_back_is_what_counts(

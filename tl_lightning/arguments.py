@@ -32,7 +32,7 @@ BUILDING = ("fit", *CACHING)
 """Subcommands whose model comes from the configuration, not from a checkpoint."""
 
 HELP = {
-    "ckpt_path": "Checkpoint: a file, or 'last' or 'best' for that of the newest run.",
+    "ckpt_path": "Checkpoint: a file, or 'last' or 'best' for that of the newest run; a fit goes on from what it wrote last.",
     "weights_only": "Read checkpoints without executing anything in them.",
     "trainer.default_root_dir": "Folder of the runs, each of which gets a folder version_N in it.",
 }
@@ -119,7 +119,7 @@ def class_paths(config: Any) -> Iterator[str]:
             yield from class_paths(item)
     elif isinstance(config, (dict, Namespace)):
         for key, value in vars(config).items() if isinstance(config, Namespace) else config.items():
-            if key == "class_path" or isinstance(value, (dict, list, Namespace)):
+            if key in ("class_path", "head") or isinstance(value, (dict, list, Namespace)):
                 yield from class_paths(value)
 
 

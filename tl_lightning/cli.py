@@ -31,11 +31,12 @@ from tl_lightning.defaults import (
     default_precision,
     find_checkpoint,
     give_back_folder,
+    newest_checkpoint,
 )
 from tl_lightning.mistakes import Parser
 from tl_lightning.modules import TransferClassifier, checkpoint
 from tl_lightning.quiet import quiet
-from tl_lightning.resuming import check_known, check_resumed, check_there
+from tl_lightning.resuming import check_known, check_length, check_resumed, check_there
 from tl_lightning.trainer import TransferTrainer
 
 
@@ -118,7 +119,9 @@ class TransferCLI(LightningCLI):
         if path is None and self.subcommand not in BUILDING:
             self._parser(self.subcommand).error("a trained model is needed: add --ckpt_path FILE")
         if path in ("best", "last"):
-            path = str(find_checkpoint(Path(config.default_root_dir), path))
+            root = Path(config.default_root_dir)
+            resumed = path == "last" and self.subcommand == "fit"
+            path = str(newest_checkpoint(root) if resumed else find_checkpoint(root, path))
             self.config[str(self.subcommand)]["ckpt_path"] = path
         if path is not None:
             check_there(path)
@@ -142,7 +145,9 @@ class TransferCLI(LightningCLI):
                     f"({', '.join(self.model.class_names or ())}); leave it out, since it comes from the data"
                 )
             if self._resumed is not None:
-                check_resumed(self._get(self.config, "ckpt_path"), self._resumed, self.model)
+                path = self._get(self.config, "ckpt_path")
+                check_resumed(path, self._resumed, self.model)
+                check_length(path, self._resumed, self._get(self.config, "trainer").max_epochs)
         else:
             self.model = TransferClassifier.load_from_checkpoint(self._get(self.config, "ckpt_path"))
             images = images_of(self.datamodule)

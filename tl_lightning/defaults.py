@@ -2,6 +2,7 @@
 
 import csv
 import re
+import shutil
 from collections.abc import Sequence
 from contextlib import suppress
 from importlib.util import find_spec
@@ -18,7 +19,7 @@ from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
-from tl_lightning.modules import TransferClassifier
+from tl_lightning.modules import TransferClassifier, checkpoint
 
 
 def claim_folder(root: Path) -> Path:
@@ -69,6 +70,28 @@ def find_checkpoint(root: Path, name: Literal["best", "last"]) -> Path:
     return max(found, key=lambda file: int(file.parts[-3][8:]))
 
 
+def newest_checkpoint(root: Path) -> Path:
+    """Return the checkpoint that a run goes on from: what the newest run that has one wrote last.
+
+    Raises:
+        FileNotFoundError: No run has one.
+    """
+    runs = [run for run in root.glob("version_*") if run.name[8:].isdigit()]
+    for run in sorted(runs, key=lambda run: int(run.name[8:]), reverse=True):
+        files = (file for file in run.glob("checkpoints/*.ckpt") if file.name not in ("best.ckpt", "probe.ckpt"))
+        for file in sorted(files, key=lambda file: file.stat().st_mtime_ns, reverse=True):
+            saved = checkpoint.read(file)
+            if saved.get("optimizer_states") and not _lacks_validation(saved["loops"]["fit_loop"]):
+                return file
+    raise FileNotFoundError(f"no run in {str(root.absolute())!r} can be gone on with; give the path of a checkpoint")
+
+
+def _lacks_validation(progress: dict[str, Any]) -> bool:
+    """Return whether a checkpoint lies between an epoch's last batch and its end: Lightning would go on without the validation."""
+    epochs = progress["epoch_progress"]["current"]
+    return bool(progress["epoch_loop.batch_progress"]["is_last_batch"] and epochs["processed"] < epochs["started"])
+
+
 class RunCheckpoint(ModelCheckpoint):
     """Keep one checkpoint in the folder of a run, and know it again where the folder was moved.
 
@@ -88,9 +111,16 @@ class RunCheckpoint(ModelCheckpoint):
         )
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take up the best score."""
+        """Take up the best score, and where the run goes on in another folder, the file that has it."""
         moved: dict[str, Any] = dict(state_dict)
         if self.dirpath is not None:
+            before, here = Path(moved["best_model_path"]), Path(self._here(moved["best_model_path"]))
+            if self.monitor is not None and moved["best_model_path"] and not here.is_file():
+                if not before.is_file():
+                    return  # the file is lost, so the best one is sought anew
+                if getattr(rank_zero_only, "rank", 0) == 0:
+                    here.parent.mkdir(parents=True, exist_ok=True)
+                    shutil.copyfile(before, here)
             for key in ("best_model_path", "kth_best_model_path", "last_model_path"):
                 moved[key] = self._here(moved[key])
             moved["best_k_models"] = {self._here(path): score for path, score in moved["best_k_models"].items()}
@@ -137,6 +167,9 @@ def best_and_last(folder: Path | None, classifier: TransferClassifier, own: Sequ
         folder: Of the run; None leaves it to the logger.
         classifier: What is trained.
         own: The user's callbacks; a checkpoint of theirs that goes by a score takes the place of ``best.ckpt``.
+
+    Raises:
+        ValueError: One of theirs has the name of one of ours.
     """
     place = None if folder is None else folder / "checkpoints"
     scored = "f1" in classifier.val_metrics  # by its name without "val_"
@@ -144,7 +177,16 @@ def best_and_last(folder: Path | None, classifier: TransferClassifier, own: Sequ
         BestCheckpoint(place, "best", "val_f1", "max") if scored else BestCheckpoint(place, "best", "val_loss", "min")
     )
     last = RunCheckpoint(place, "last")
-    return [last] if any(isinstance(each, ModelCheckpoint) and each.monitor for each in own) else [best, last]
+    theirs = [callback for callback in own if isinstance(callback, ModelCheckpoint)]
+    ours: list[RunCheckpoint] = [last] if any(callback.monitor for callback in theirs) else [best, last]
+    for callback in theirs:
+        beside = callback.dirpath is None or (place is not None and Path(callback.dirpath).absolute() == place)
+        if beside and callback.filename in {each.filename for each in ours}:
+            raise ValueError(
+                f"a ModelCheckpoint is to write {callback.filename}.ckpt, which the run writes itself: give it another filename, or "
+                "dirpath"
+            )
+    return [*ours]
 
 
 def default_precision(accelerator: str) -> str:

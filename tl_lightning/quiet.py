@@ -2,6 +2,7 @@
 
 import logging
 import warnings
+from pathlib import Path
 
 _EXPECTED_WARNINGS = (
     # A frozen backbone belongs in eval mode: lightning.pytorch.loops.fit_loop._warn_if_modules_in_eval_mode.
@@ -40,4 +41,13 @@ def quiet() -> None:
     """Leave out warnings that every run would give, and advertisements."""
     for message in _EXPECTED_WARNINGS:
         warnings.filterwarnings("ignore", message)
+    plain = warnings.formatwarning
+
+    def say(
+        message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+    ) -> str:
+        ours = Path(filename).is_relative_to(Path(__file__).parent)
+        return f"{message}\n" if ours else plain(message, category, filename, lineno, line)
+
+    warnings.formatwarning = say
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_worth_reading)

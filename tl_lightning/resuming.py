@@ -51,7 +51,8 @@ def check_known(path: str | Path, saved: dict[str, Any]) -> None:
     names = [name for name, at in modules.items() if at not in sys.modules and at.partition(".")[0] not in known]
     if not names:
         return
-    options = " ".join(f"--{key} {part['class_path']}" for key, part in _parts(model) if part["class_path"] in names)
+    parts = [*_parts(model), *_head_of(model)]
+    options = " ".join(f"--{key} {part['class_path']}" for key, part in parts if part["class_path"] in names)
     ways = [options] * bool(options) + [f"--config {config}" for config in _config_of(path)]
     raise ValueError(
         f"the checkpoint {str(path)!r} names the class {' and '.join(map(repr, names))}, which is neither of "
@@ -74,10 +75,28 @@ def _parts(model: dict[str, Any]) -> tuple[tuple[str, dict[str, Any]], ...]:
     return ("model", model), ("backbone", model["backbone"])
 
 
+def _head_of(model: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    head = model["init_args"].get("head")
+    return [("model.head", head)] if isinstance(head, dict) and "class_path" in head else []
+
+
 def _config_of(path: str | Path) -> list[str]:
     """Return the configuration of the run that wrote a checkpoint, if it is still there."""
     config = Path(path).resolve().parent.parent / "config.yaml"
     return [short_path(config)] if config.is_file() else []
+
+
+def check_length(path: str | Path, saved: dict[str, Any], max_epochs: int | None) -> None:
+    """Make sure that a run is not to end before the epoch that it goes on from.
+
+    Raises:
+        ValueError: It is.
+    """
+    done = saved.get("loops", {}).get("fit_loop", {}).get("epoch_progress", {}).get("current", {}).get("processed", 0)
+    if max_epochs not in (None, -1) and done > int(max_epochs or 0):
+        raise ValueError(
+            f"the checkpoint {str(path)!r} has {done} epochs behind it, and trainer.max_epochs is {max_epochs}: give at least {done}"
+        )
 
 
 def check_resumed(path: str | Path, saved: dict[str, Any], classifier: TransferClassifier) -> None:
