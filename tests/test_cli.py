@@ -211,6 +211,14 @@ def test_last_is_nothing_that_would_go_on_without_a_validation(
     assert len(list(place.glob("*.ckpt"))) == 3
     assert str(place / "last.ckpt") in capsys.readouterr().out
     assert newest_checkpoint(tmp_path) == place / "last.ckpt"
+    (step,) = set(place.glob("epoch=*.ckpt"))
+    (place / "last.ckpt").unlink()
+    assert newest_checkpoint(tmp_path) == step, "rather than one of another run"
+    shutil.copytree(tmp_path / "version_0", tmp_path / "version_1")
+    (tmp_path / "version_1" / "checkpoints" / step.name).write_bytes(
+        step.read_bytes()[:999]
+    )  # killed while it was written
+    assert newest_checkpoint(tmp_path) == step
 
 
 @pytest.mark.filterwarnings("ignore:the learning rates followed a schedule of 3 steps before:UserWarning")

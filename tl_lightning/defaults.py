@@ -71,7 +71,7 @@ def find_checkpoint(root: Path, name: Literal["best", "last"]) -> Path:
 
 
 def newest_checkpoint(root: Path) -> Path:
-    """Return the checkpoint that a run goes on from: what the newest run that has one wrote last.
+    """Return the checkpoint that a run goes on from: what the newest run that has one wrote last, and whole.
 
     Raises:
         FileNotFoundError: No run has one.
@@ -79,10 +79,15 @@ def newest_checkpoint(root: Path) -> Path:
     runs = [run for run in root.glob("version_*") if run.name[8:].isdigit()]
     for run in sorted(runs, key=lambda run: int(run.name[8:]), reverse=True):
         files = (file for file in run.glob("checkpoints/*.ckpt") if file.name not in ("best.ckpt", "probe.ckpt"))
+        second = None
         for file in sorted(files, key=lambda file: file.stat().st_mtime_ns, reverse=True):
-            saved = checkpoint.read(file)
-            if saved.get("optimizer_states") and not _lacks_validation(saved["loops"]["fit_loop"]):
-                return file
+            with suppress(ValueError):  # cut short, when the run was killed
+                saved = checkpoint.read(file)
+                if saved.get("optimizer_states") and not _lacks_validation(saved["loops"]["fit_loop"]):
+                    return file
+                second = second or (file if saved.get("optimizer_states") else None)
+        if second is not None:
+            return second
     raise FileNotFoundError(f"no run in {str(root.absolute())!r} can be gone on with; give the path of a checkpoint")
 
 
