@@ -175,10 +175,12 @@ def test_probe_of_another_run_is_refused(photos: Path, tmp_path: Path) -> None:
     content = probe.read_bytes()
     saved = torch.load(probe, weights_only=True)
     (key,) = (key for key in saved["callbacks"] if key == "ProbeFallback")
-    saved["callbacks"][key]["probe_score"] += 0.25
+    saved["callbacks"][key]["run"] = "another"
     torch.save(saved, probe)
     for epochs in (2, 3):
-        with pytest.raises(ValueError, match=r"needs the probe of the run that is resumed, with val_accuracy .*has"):
+        with pytest.raises(
+            ValueError, match=r"needs the probe of the run that is resumed, and .*probe.ckpt' is that of another run"
+        ):
             resume(epochs)
     probe.write_bytes(content[:1000])
     for epochs in (2, 3):

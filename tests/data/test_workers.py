@@ -15,6 +15,7 @@ CODE = """
 import os, signal, sys, time
 from tests.staged import images
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell ignores in what it runs in the background
     data = images(sys.argv[1], num_workers=2, batch_size=2)
     data.setup("fit")
     batches = iter(data.train_dataloader())

@@ -1,6 +1,7 @@
 """Do not let fine-tuning end below the probe that it began with."""
 
 import shutil
+import uuid
 from pathlib import Path
 from typing import Any, Literal
 
@@ -43,6 +44,7 @@ class ProbeFallback(Callback):
         self.last_score: float | None = None
         self.handed_back = False
         self._found = False  # the probe that a stage falls back on
+        self._run = ""  # by which a run knows its probe
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Make sure that there is a probe to fall back on.
@@ -53,6 +55,7 @@ class ProbeFallback(Callback):
         if stage != "fit":
             return
         self._forget()  # the probe of another run; that of a resumed one is loaded after this
+        self._run = trainer.strategy.broadcast(uuid.uuid4().hex)
         if self._first_epoch(trainer, pl_module) in (None, 0):
             raise ValueError(
                 "ProbeFallback needs epochs in which the head trains alone, and others after them: add StagedUnfreezing, with "
@@ -120,7 +123,8 @@ class ProbeFallback(Callback):
                 "the run ended before fine-tuning was validated, so there is nothing to compare with the probe"
             )
             return
-        saved, score, probe = self._read(trainer), self.last_score, self.probe_score
+        saved, score = self._read(trainer), self.last_score
+        probe = float(saved["callbacks"][self.state_key]["probe_score"])
         compared = f"fine-tuning ended with {self.monitor} {score:.4f}, the probe had {probe:.4f}"
         if score >= probe if self.mode == "max" else score <= probe:
             rank_zero_info(f"{compared}: the fine-tuned weights stay")
@@ -134,7 +138,8 @@ class ProbeFallback(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """Return what the probe scored, what fine-tuning scored last, and by what."""
-        return {"probe_score": self.probe_score, "last_score": self.last_score, "monitor": self.monitor}
+        scores = {"probe_score": self.probe_score, "last_score": self.last_score, "monitor": self.monitor}
+        return scores | {"run": self._run}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up the probe of the run that is resumed.
@@ -148,6 +153,7 @@ class ProbeFallback(Callback):
                 f"ProbeFallback compares {self.monitor!r}, and the run that is resumed compared {monitor!r}: resume with that"
             )
         self.probe_score, self.last_score = state_dict["probe_score"], state_dict["last_score"]
+        self._run = state_dict.get("run", self._run)
 
     def _read(self, trainer: Trainer) -> dict[str, Any]:
         """Return the probe's checkpoint, of this run."""
@@ -158,11 +164,9 @@ class ProbeFallback(Callback):
                 f"ProbeFallback needs the probe of the run that is resumed, and {str(path)!r} does not exist: {out}"
             )
         saved = checkpoints.read(path)
-        score = saved.get("callbacks", {}).get(self.state_key, {}).get("probe_score")
-        if score != self.probe_score:
+        if saved.get("callbacks", {}).get(self.state_key, {}).get("run") != self._run:
             raise ValueError(
-                f"ProbeFallback needs the probe of the run that is resumed, with {self.monitor} {self.probe_score}, and {str(path)!r} "
-                f"has {score}: {out}"
+                f"ProbeFallback needs the probe of the run that is resumed, and {str(path)!r} is that of another run: {out}"
             )
         return saved
 

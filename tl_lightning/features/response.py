@@ -74,8 +74,8 @@ def check_steady(backbone: Backbone, boundary: str, response: Response) -> None:
     Raises:
         ValueError: It depends on chance, or on what is beside the image in a batch.
     """
-    alone = response_of(pattern_rows(backbone, [boundary], together=False)[boundary])
-    if not is_same(response, alone, _STEADY):
+    again, alone = (response_of(pattern_rows(backbone, [boundary], together=t)[boundary]) for t in (True, False))
+    if not (is_same(response, again) and is_same(response, alone, _STEADY)):
         raise ValueError(
             f"what {type(backbone).__name__} makes of an image is not the same each time, even in eval mode: it depends on chance, or "
             "on the other images of the batch, so it cannot be stored. Train on the images themselves, without "
