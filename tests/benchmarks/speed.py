@@ -103,7 +103,8 @@ def solvers(features: Tensor, target: Tensor) -> tuple[float, float]:
             LogisticRegression(C=1.0, tol=1e-5, max_iter=5000).fit(standard.numpy(), target.numpy())
         theirs.append(time.perf_counter() - begin)
         begin = time.perf_counter()
-        solve(standard, target, 2, torch.tensor([1.0]), tolerance=1e-5, max_steps=5000)
+        with threadpool_limits(1):
+            solve(standard, target, 2, torch.tensor([1.0]), tolerance=1e-5, max_steps=5000)
         ours.append(time.perf_counter() - begin)
     torch.set_num_threads(threads)
     return min(theirs), min(ours)

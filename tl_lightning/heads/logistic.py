@@ -128,7 +128,7 @@ class _Problem:
         """Return the values (B,) and gradients (B, P) at points (B, P)."""
         both = point.reshape(self.problems, self.outputs, -1)
         weight, bias = self._parts(point)
-        scores = torch.addmm(bias.flatten(), self.features, weight.flatten(0, 1).T)  # (N, B * outputs)
+        scores = self._times(weight.flatten(0, 1).T).add_(bias.flatten())  # (N, B * outputs)
         if self.outputs == 1:
             margin = scores.mul_(self.sign)
             value = (torch.nn.functional.logsigmoid(margin) * self.negative).sum(0)
@@ -139,11 +139,23 @@ class _Problem:
             value = (self.share * (log_sum - (scores * self.one_hot).sum(2))).sum(0)
             residual = ((scores - log_sum[..., None]).exp() - self.one_hot).mul_(self.share[..., None]).flatten(1)
         down = np.empty_like(both)
-        down[..., :-1] = _to_host(residual.T @ self.features).reshape(weight.shape)
+        down[..., :-1] = _to_host(self._back(residual)).reshape(weight.shape)
         down[..., -1] = _to_host(residual.sum(0)).reshape(bias.shape)
         shrunk = self.penalty * both[..., :-1]
         down[..., :-1] += shrunk
         return _to_host(value) + (both[..., :-1] * shrunk).sum((1, 2)) / 2, down.reshape(self.problems, -1)
+
+    # numpy's products with a vector take half the time of torch's on a CPU.
+
+    def _times(self, weight: Tensor) -> Tensor:
+        if self.features.device.type == "cpu":
+            return torch.from_numpy(self.features.numpy() @ weight.numpy())
+        return self.features @ weight
+
+    def _back(self, residual: Tensor) -> Tensor:
+        if self.features.device.type == "cpu":
+            return torch.from_numpy(residual.numpy().T @ self.features.numpy())
+        return residual.T @ self.features
 
     def _parts(self, point: Array) -> tuple[Tensor, Tensor]:
         both = torch.from_numpy(point).view(self.problems, self.outputs, -1).to(self.features)
