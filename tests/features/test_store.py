@@ -187,7 +187,7 @@ def test_what_other_code_left_unfinished_is_not_taken(root: Path, tmp_path: Path
     assert fill(root, [found], edited()).rows == 41
 
 
-@pytest.mark.parametrize("place", ["5.0.bn2", "4.2.bn2", "3.2.bn1", "5.0.bn1", "5.3.bn2"])
+@pytest.mark.parametrize("place", ["5.0.bn2", "4.2.bn2", "3.2.bn1", "5.0.bn1", "4.2.bn1"])
 def test_a_cap_that_few_inputs_reach_is_noticed(tmp_path: Path, place: str) -> None:
     backbone = EfficientNetLite()
     recipe = recipe_of(backbone, "head", background=(255,) * 3)
@@ -196,8 +196,9 @@ def test_a_cap_that_few_inputs_reach_is_noticed(tmp_path: Path, place: str) -> N
         folder_for(tmp_path, EfficientNetLite(), recipe_of(EfficientNetLite(), "head", background=(255,) * 3)) == folder
     )
     module, norm = place.rsplit(".", 1)
-    getattr(backbone.get_submodule(f"model.blocks.{module}"), norm).act = torch.nn.ReLU()  # where ReLU6 was
-    assert folder_for(tmp_path, backbone, recipe_of(backbone, "head", background=(255,) * 3)) != folder
+    getattr(backbone.get_submodule(f"model.blocks.{module}"), norm).act.forward = torch.relu  # where ReLU6 was
+    assert recipe_of(backbone, "head", background=(255,) * 3) == recipe
+    assert folder_for(tmp_path, backbone, recipe) != folder
 
 
 class Unsteady(TinyBackbone):

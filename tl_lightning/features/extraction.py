@@ -1,14 +1,12 @@
 """Compute the rows that stores lack: each rank its share, in whole shards."""
 
-import itertools
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from filelock import FileLock
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from tl_lightning.backbones import Backbone
@@ -17,7 +15,7 @@ from tl_lightning.features.estimate import check_space
 from tl_lightning.features.files import Block, Layout, claim, read_response
 from tl_lightning.features.messages import describe, describe_plan
 from tl_lightning.features.recipe import Recipe
-from tl_lightning.features.response import Response, check_steady, is_same, like, pattern_rows, response_of
+from tl_lightning.features.response import Response, check_steady, like, pattern_rows, response_of
 from tl_lightning.features.store import FeatureStore
 from tl_lightning.features.together import all_or_none, from_all, from_first, locked, rank_and_world
 from tl_lightning.freezing import as_frozen, evaluating
@@ -47,27 +45,21 @@ def folder_for(cache_dir: str | Path, backbone: Backbone, recipe: Recipe) -> Pat
     """
     chosen = None
     with all_or_none():
-        response = response_of(pattern_rows(backbone, [recipe.boundary])[recipe.boundary])
-        check_steady(backbone, recipe.boundary, response)
         if rank_and_world()[0] == 0:
-            chosen = _choose(Path(cache_dir), recipe, response)
+            chosen = _choose(Path(cache_dir), backbone, recipe)
     return Path(cache_dir) / str(from_first(chosen))
 
 
-def _choose(cache_dir: Path, recipe: Recipe, response: Response) -> str:
-    def names() -> Iterator[str]:
-        yield recipe.folder
-        yield from (f"{recipe.folder}-{number}" for number in itertools.count(2))
-
-    for name in names():  # without writing, for those who may not
-        known = read_response(cache_dir / name)
-        if known is None:
-            break
-        if is_same(known, response):
+def _choose(cache_dir: Path, backbone: Backbone, recipe: Recipe) -> str:
+    response = response_of(pattern_rows(backbone, [recipe.boundary])[recipe.boundary])
+    name, number = recipe.folder, 1
+    while True:
+        if read_response(cache_dir / name) is None:
+            check_steady(backbone, recipe.boundary, response)
+        if claim(cache_dir / name, response):
             return name
-    cache_dir.mkdir(parents=True, exist_ok=True)
-    with FileLock(cache_dir / ".lock"):
-        return next(name for name in names() if claim(cache_dir / name, response))
+        number += 1
+        name = f"{recipe.folder}-{number}"
 
 
 class Extracted(NamedTuple):

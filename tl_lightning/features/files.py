@@ -1,21 +1,19 @@
-"""The files of a store: manifest and shards."""
+"""What lies beside the shards of a store: its manifest, and the response of the network whose rows these are."""
 
 import hashlib
 import json
-import math
-import os
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
-import numpy as np
 import torch
+from filelock import FileLock
 from torch import Tensor
 from typing_extensions import Self
 
 from tl_lightning.features.recipe import FORMAT, Recipe
 from tl_lightning.features.response import Response, is_same
+from tl_lightning.features.shards import DamagedStoreError, replace
 
 MANIFEST = "manifest.json"
 RESPONSE = "response.json"
@@ -23,10 +21,6 @@ RESPONSE = "response.json"
 
 class StaleStoreError(ValueError):
     """A store holds something else than what is asked for."""
-
-
-class DamagedStoreError(ValueError):
-    """A file of a store is not what was written."""
 
 
 class Block(NamedTuple):
@@ -142,15 +136,19 @@ def claim(folder: Path, response: Response) -> bool:
 
     Raises:
         DamagedStoreError: The folder's response cannot be read.
+        OSError: Nothing can be written there.
     """
-    known = read_response(folder)
-    if known is not None:
+    if (known := read_response(folder)) is not None:
         return is_same(known, response)
-    if any(folder.glob("*.npy")) or (folder / MANIFEST).exists():
-        return False  # nobody knows whose these are
-    folder.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(response).encode()
-    replace(folder / RESPONSE, lambda file: file.write(text))
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder.parent / ".lock"):
+        if (known := read_response(folder)) is not None:  # another process was faster
+            return is_same(known, response)
+        if any(folder.glob("*.npy")) or (folder / MANIFEST).exists():
+            return False  # nobody knows whose these are
+        folder.mkdir(exist_ok=True)
+        text = json.dumps(response).encode()
+        replace(folder / RESPONSE, lambda file: file.write(text))
     return True
 
 
@@ -170,25 +168,3 @@ def _cannot_read(path: Path, error: Exception) -> str:
         f"{str(path)!r} cannot be read ({type(error).__name__}: {error}); remove its folder and run again, and what was in it "
         "is computed anew"
     )
-
-
-def is_whole(shard: Path, rows: int) -> bool:
-    """Return whether a shard is there, and as long as so many rows are."""
-    try:
-        with shard.open("rb") as file:
-            if np.lib.format.read_magic(file) != (1, 0):
-                return False
-            shape, _, dtype = np.lib.format.read_array_header_1_0(file)
-            return shape[0] == rows and file.tell() + math.prod(shape) * dtype.itemsize == shard.stat().st_size
-    except (OSError, ValueError, IndexError):
-        return False
-
-
-def replace(path: Path, write: Callable[[IO[bytes]], object]) -> None:
-    """Write a file, all at once or not at all."""
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.part")
-    with unfinished.open("wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
-    unfinished.replace(path)

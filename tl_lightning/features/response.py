@@ -1,4 +1,8 @@
-"""How a network responds to fixed inputs: by that other code is noticed, be it the network's own or a library's."""
+"""How a network responds to fixed inputs: by that other code is noticed, be it the network's own or a library's.
+
+Code that none of the inputs reaches is not: of the 30 places where EfficientNet-Lite0 caps activations at 6 after its first
+stage, they reach 28, and photographs reach one of the other two often.
+"""
 
 import itertools
 from collections.abc import Collection

@@ -9,7 +9,6 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from filelock import FileLock
 from torch import Tensor
@@ -17,25 +16,19 @@ from torch import Tensor
 from tl_lightning.features.files import (
     MANIFEST,
     Block,
-    DamagedStoreError,
     Layout,
     Manifest,
     StaleStoreError,
     claim,
-    is_whole,
     read_manifest,
     read_response,
-    replace,
 )
 from tl_lightning.features.recipe import DTYPES, Recipe, file_digest
 from tl_lightning.features.response import Response, is_same
+from tl_lightning.features.shards import NUMPY, Shard, is_whole, open_shard, replace, write_shard
 
 BLOCK = 256
 """Rows of a shard. Which rows are computed together never depends on ranks, restarts or the batch size."""
-
-Shard = npt.NDArray[np.generic]
-"""Rows as they lie on disk; bfloat16, which numpy does not know, as integers of 16 bits."""
-_NUMPY = {torch.float32: np.float32, torch.float16: np.float16, torch.bfloat16: np.uint16}
 
 
 class FeatureStore:
@@ -144,7 +137,7 @@ class FeatureStore:
         shards = self.shards_of(keys)
         dtype = DTYPES[self.recipe.dtype]
         shape = () if self.layout is None else self.layout.stored_shape
-        rows = np.empty((len(keys), *shape), _NUMPY[dtype])
+        rows = np.empty((len(keys), *shape), NUMPY[dtype])
         wanted: dict[int, tuple[list[int], list[int]]] = {number: ([], []) for number in shards}
         for position, key in enumerate(keys):
             number, row = self._places[key]
@@ -155,21 +148,10 @@ class FeatureStore:
         return torch.from_numpy(rows).view(dtype)
 
     def _shard(self, number: int) -> Shard:
-        file = self.blocks[number].file
-        path = self.folder / file
-        count = len(self.blocks[number].names)
-        rows = f"{count} row{'s' * (count > 1)}"
-        if not path.is_file():
-            raise DamagedStoreError(
-                f"the shard {str(path)!r} is missing; run again, and its {rows} alone are computed anew"
-            )
-        if file not in self._sound and file_digest(path) != self._digests[file]:
-            raise DamagedStoreError(
-                f"the shard {str(path)!r} is not what was written, by its SHA-256; remove this file and run again, and its "
-                f"{rows} alone are computed anew"
-            )
-        self._sound.add(file)
-        shard: Shard = np.load(path, mmap_mode="r", allow_pickle=False)
+        block = self.blocks[number]
+        digest = None if block.file in self._sound else self._digests[block.file]
+        shard = open_shard(self.folder / block.file, len(block.names), digest)
+        self._sound.add(block.file)
         return shard
 
     def fits(self, response: Response) -> bool:
@@ -229,9 +211,8 @@ class FeatureStore:
                 f"activations at the boundary {self.recipe.boundary!r} {cause}, up to {rows.abs().max():.3g}: store them as "
                 "float32 or bfloat16, and look at the weights if they are not finite"
             )
-        array = (narrow.view(torch.uint16) if narrow.dtype == torch.bfloat16 else narrow).numpy()
         self.folder.mkdir(parents=True, exist_ok=True)
-        replace(self.folder / block.file, lambda file: np.save(file, array, allow_pickle=False))
+        write_shard(self.folder / block.file, narrow)
         if narrow.dtype == rows.dtype:
             return 0.0
         return float((narrow.to(rows.dtype) - rows).norm() / rows.norm().clamp_min(1e-30))
