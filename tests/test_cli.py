@@ -20,10 +20,11 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from tests.doubles import image_folder, save_image
 from tl_lightning.cli import main
-from tl_lightning.defaults import claim_folder, default_precision, find_checkpoint, newest_checkpoint
+from tl_lightning.defaults import default_precision
 from tl_lightning.fingerprints import fingerprint
 from tl_lightning.images import read_image
 from tl_lightning.modules import LinearProbe, TransferClassifier
+from tl_lightning.runs import claim_folder, find_checkpoint, newest_checkpoint
 from tl_lightning.transforms import eval_transform
 
 TINY = ["--backbone=tests.doubles.TinyBackbone", "--model=LinearProbe"]

@@ -19,7 +19,7 @@ from tl_lightning.callbacks.table import print_table
 from tl_lightning.cli import main
 from tl_lightning.data.image_loader import ImageDataset, ImageLoader
 from tl_lightning.data.order import EpochBatches
-from tl_lightning.defaults import give_back_folder
+from tl_lightning.runs import give_back_folder
 
 ROOT = Path(__file__).parents[1]
 BACKBONE = "--backbone=tests.doubles.TinyBackbone"

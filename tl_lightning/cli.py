@@ -20,23 +20,16 @@ from tl_lightning.arguments import (
     name_classes,
 )
 from tl_lightning.callbacks import Outcome, Plan, PredictionWriter, Progress
+from tl_lightning.callbacks.best_and_last import best_and_last
 from tl_lightning.callbacks.checkpoints import best_of, handed_back
 from tl_lightning.chance import DEFAULT_SEED
 from tl_lightning.data import images_of
-from tl_lightning.defaults import (
-    SaveConfig,
-    best_and_last,
-    claim_folder,
-    default_loggers,
-    default_precision,
-    find_checkpoint,
-    give_back_folder,
-    newest_checkpoint,
-)
+from tl_lightning.defaults import SaveConfig, default_loggers, default_precision
 from tl_lightning.mistakes import Parser
 from tl_lightning.modules import TransferClassifier, checkpoint
 from tl_lightning.quiet import quiet
 from tl_lightning.resuming import check_known, check_length, check_resumed, check_there
+from tl_lightning.runs import claim_folder, find_checkpoint, give_back_folder, newest_checkpoint
 from tl_lightning.trainer import TransferTrainer
 
 

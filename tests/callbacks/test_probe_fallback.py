@@ -95,35 +95,19 @@ def test_folder_is_moved(photos: Path, tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="handed back"):
         run(photos, tmp_path, None, last, max_epochs=2, **options)
     (tmp_path / "a").rename(tmp_path / "b")
+
+    def go_on(folder: str, epochs: int) -> None:
+        here = ModelCheckpoint(tmp_path / folder, "last")
+        run(photos, tmp_path, tmp_path / "b" / "last.ckpt", here, max_epochs=epochs, **options)
+
     with pytest.warns(UserWarning, match=r"handed back. Use .*/b/probe.ckpt"):
-        run(
-            photos,
-            tmp_path,
-            tmp_path / "b" / "last.ckpt",
-            ModelCheckpoint(tmp_path / "b", "last"),
-            max_epochs=3,
-            **options,
-        )
+        go_on("b", 3)
     with pytest.warns(UserWarning, match=r"handed back. Use .*/c/probe.ckpt"):  # it lies beside what is resumed
-        run(
-            photos,
-            tmp_path,
-            tmp_path / "b" / "last.ckpt",
-            ModelCheckpoint(tmp_path / "c", "last"),
-            max_epochs=4,
-            **options,
-        )
+        go_on("c", 4)
     assert same(*(PartialFineTuning.load_from_checkpoint(tmp_path / place / "probe.ckpt") for place in "bc"))
     (tmp_path / "b" / "probe.ckpt").unlink()
     with pytest.raises(FileNotFoundError, match="needs the probe of the run that is resumed"):
-        run(
-            photos,
-            tmp_path,
-            tmp_path / "b" / "last.ckpt",
-            ModelCheckpoint(tmp_path / "b", "x"),
-            max_epochs=5,
-            **options,
-        )
+        go_on("b", 5)
 
 
 def test_probe_is_that_of_this_run(photos: Path, tmp_path: Path) -> None:

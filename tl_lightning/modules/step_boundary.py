@@ -27,6 +27,13 @@ def finish_epoch(checkpoint: dict[str, Any]) -> None:
     batches["current"] = dict.fromkeys(batches["current"], 0)
 
 
+def lacks_validation(checkpoint: dict[str, Any]) -> bool:
+    """Return whether a checkpoint lies between an epoch's last batch and its end: Lightning goes on without the validation."""
+    progress = checkpoint["loops"]["fit_loop"]
+    epochs = progress["epoch_progress"]["current"]
+    return bool(progress["epoch_loop.batch_progress"]["is_last_batch"] and epochs["processed"] < epochs["started"])
+
+
 class StepBoundary:
     """Take a checkpoint back to the optimizer's last step, since neither half a batch nor accumulated gradients are saved.
 

@@ -1,0 +1,80 @@
+"""The folders of runs: ``version_0``, ``version_1`` and so on, and what lies in them."""
+
+import re
+from contextlib import suppress
+from pathlib import Path
+from typing import Literal
+
+from lightning.pytorch.utilities import rank_zero_only
+
+from tl_lightning.modules import checkpoint
+from tl_lightning.modules.step_boundary import lacks_validation
+
+
+def claim_folder(root: Path) -> Path:
+    """Make the folder ``version_N`` of a new run, which no other run has, and return its absolute path.
+
+    Raises:
+        NotADirectoryError: The root is a file.
+    """
+    if root.exists() and not root.is_dir():
+        raise NotADirectoryError(f"trainer.default_root_dir is {str(root)!r}, a file; give a folder for the runs")
+    while True:
+        taken = [int(path.name[8:]) for path in root.glob("version_*") if path.name[8:].isdigit()]
+        folder = root.absolute() / f"version_{max(taken, default=-1) + 1}"
+        if getattr(rank_zero_only, "rank", 0) != 0:
+            return folder  # only the first process writes
+        try:
+            folder.mkdir(parents=True)
+        except FileExistsError:
+            continue  # another run was faster
+        return folder
+
+
+_WITHOUT_RESULTS = re.compile(
+    r"config\.yaml|hparams\.yaml|metrics\.csv|predictions\.csv\.part|events\.out\.tfevents\..*"
+)
+
+
+def give_back_folder(folder: Path) -> None:
+    """Remove the folder of a run that ended before it began, unless something else has been put there."""
+    found = list(folder.iterdir()) if folder.is_dir() else []
+    if getattr(rank_zero_only, "rank", 0) != 0 or not all(_WITHOUT_RESULTS.fullmatch(path.name) for path in found):
+        return
+    for path in found:
+        path.unlink()
+    with suppress(OSError):  # somebody else was faster, or has just put something there
+        folder.rmdir()
+
+
+def find_checkpoint(root: Path, name: Literal["best", "last"]) -> Path:
+    """Return the checkpoint of that name of the newest run that has one.
+
+    Raises:
+        FileNotFoundError: No run has one.
+    """
+    found = [file for file in root.glob(f"version_*/checkpoints/{name}.ckpt") if file.parts[-3][8:].isdigit()]
+    if not found:
+        raise FileNotFoundError(f"no run in {str(root.absolute())!r} has a {name}.ckpt; give the path of a checkpoint")
+    return max(found, key=lambda file: int(file.parts[-3][8:]))
+
+
+def newest_checkpoint(root: Path) -> Path:
+    """Return the checkpoint that a run goes on from: what the newest run that has one wrote last, and whole.
+
+    Raises:
+        FileNotFoundError: No run has one.
+    """
+    runs = [run for run in root.glob("version_*") if run.name[8:].isdigit()]
+    for run in sorted(runs, key=lambda run: int(run.name[8:]), reverse=True):
+        files = (file for file in run.glob("checkpoints/*.ckpt") if file.name not in ("best.ckpt", "probe.ckpt"))
+        second = None
+        for file in sorted(files, key=lambda file: file.stat().st_mtime_ns, reverse=True):
+            with suppress(ValueError):  # cut short, when the run was killed
+                saved = checkpoint.read(file)
+                if saved.get("optimizer_states") and not lacks_validation(saved):
+                    return file
+                second = second or (file if saved.get("optimizer_states") else None)
+        if second is not None:
+            return second
+    raise FileNotFoundError(f"no run in {str(root.absolute())!r} can be gone on with; give the path of a checkpoint")
