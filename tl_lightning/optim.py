@@ -50,7 +50,8 @@ def build_optimizer(
         built = optimizer(groups)
     except (TypeError, ValueError) as error:
         raise ValueError(
-            f"the optimizer cannot be made of groups of parameters, each with its own rate: {error}. AdamW and SGD can"
+            f"the optimizer cannot be made: {error}. It has to take groups of parameters, each with its own rate, as AdamW and "
+            "SGD do"
         ) from error
     given = inspect.signature(type(built)).parameters.get("lr")
     own = built.defaults.get("lr")

@@ -37,17 +37,18 @@ def _worth_reading(record: logging.LogRecord) -> bool:
     return not record.getMessage().startswith(_NOISE)
 
 
+_plain = warnings.formatwarning
+
+
+def _say(message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None) -> str:
+    """Give a warning of ours without the place in the code that it comes from."""
+    ours = Path(filename).is_relative_to(Path(__file__).parent)
+    return f"{message}\n" if ours else _plain(message, category, filename, lineno, line)
+
+
 def quiet() -> None:
     """Leave out warnings that every run would give, and advertisements."""
     for message in _EXPECTED_WARNINGS:
         warnings.filterwarnings("ignore", message)
-    plain = warnings.formatwarning
-
-    def say(
-        message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
-    ) -> str:
-        ours = Path(filename).is_relative_to(Path(__file__).parent)
-        return f"{message}\n" if ours else plain(message, category, filename, lineno, line)
-
-    warnings.formatwarning = say
+    warnings.formatwarning = _say
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_worth_reading)
