@@ -202,24 +202,34 @@ class InterruptValidation(pl.Callback):
             raise KeyboardInterrupt
 
 
-def test_last_is_nothing_that_would_go_on_without_a_validation(
+def test_last_is_what_was_written_last_and_whole(
     photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     steps = ["--trainer.callbacks=ModelCheckpoint", "--trainer.callbacks.every_n_train_steps=4", "--data.batch_size=8"]
-    with pytest.raises(SystemExit):
+    whole = fit(photos, tmp_path / "whole", *steps)
+    with pytest.raises(SystemExit):  # after an epoch's last batch, at which a checkpoint is written
         fit(photos, tmp_path, *steps, "--trainer.callbacks+=tests.test_cli.InterruptValidation")
     place = tmp_path / "version_0" / "checkpoints"
-    assert len(list(place.glob("*.ckpt"))) == 3
-    assert str(place / "last.ckpt") in capsys.readouterr().out
-    assert newest_checkpoint(tmp_path) == place / "last.ckpt"
     (step,) = set(place.glob("epoch=*.ckpt"))
-    (place / "last.ckpt").unlink()
-    assert newest_checkpoint(tmp_path) == step, "rather than one of another run"
-    shutil.copytree(tmp_path / "version_0", tmp_path / "version_1")
-    (tmp_path / "version_1" / "checkpoints" / step.name).write_bytes(
-        step.read_bytes()[:999]
-    )  # killed while it was written
+    assert str(step) in capsys.readouterr().out
     assert newest_checkpoint(tmp_path) == step
+    shutil.copytree(tmp_path / "version_0", tmp_path / "version_1")
+    newer = tmp_path / "version_1" / "checkpoints"
+    (newer / step.name).write_bytes(step.read_bytes()[:999])  # killed while it was written
+    assert newest_checkpoint(tmp_path) == newer / "last.ckpt"
+    (newer / "last.ckpt").unlink()
+    with pytest.raises(FileNotFoundError, match=r"the newest run has nothing to go on from, since .*cannot be read"):
+        newest_checkpoint(tmp_path)  # rather than go on with another run
+    shutil.rmtree(tmp_path / "version_1")
+
+    same = [f"--data.root={photos}", "--data.num_workers=0", "--trainer.max_epochs=2", "--model.lr=0.05"]
+    main(["fit", *TINY, *same, f"--trainer.default_root_dir={tmp_path}", *steps, "--ckpt_path=last"])
+    tables = [(folder / "metrics.csv").read_text() for folder in (whole, tmp_path / "version_0")]
+    assert tables[0] == tables[1]
+    for name in ("best", "last"):
+        places = (whole / "checkpoints", place)
+        ends = [torch.load(folder / f"{name}.ckpt", weights_only=True)["state_dict"] for folder in places]
+        assert fingerprint(ends[0]) == fingerprint(ends[1])
 
 
 @pytest.mark.filterwarnings("ignore:the learning rates followed a schedule of 3 steps before:UserWarning")
@@ -242,14 +252,27 @@ def test_fewer_epochs_than_are_done_are_refused(photos: Path, tmp_path: Path) ->
         fit(photos, tmp_path, "--trainer.max_epochs=1", f"--ckpt_path={folder / 'checkpoints' / 'last.ckpt'}")
 
 
-@pytest.mark.parametrize("callback", ["EarlyStopping", "ModelCheckpoint"])
-def test_score_that_does_not_exist_is_named_before_training(callback: str, photos: Path, tmp_path: Path) -> None:
-    wrong = [f"--trainer.callbacks={callback}", "--trainer.callbacks.monitor=val_acc"]
-    with pytest.raises(
-        ValueError, match=f"{callback} monitors an unknown score 'val_acc'; did you mean 'val_accuracy'"
-    ):
-        fit(photos, tmp_path, *wrong)
-    assert not list(tmp_path.iterdir())
+@pytest.mark.parametrize("who", ["EarlyStopping", "ModelCheckpoint", "ReduceLROnPlateau"])
+def test_score_that_does_not_exist_is_named_before_training(who: str, photos: Path, tmp_path: Path) -> None:
+    option, path = "--trainer.callbacks", who
+    if who == "ReduceLROnPlateau":
+        option, path = "--model.scheduler", f"lightning.pytorch.cli.{who}"
+    for wrong in ("val_acc", "accuracy"):
+        with pytest.raises(ValueError, match=f"{who} monitors an unknown score '{wrong}'; did you mean 'val_accuracy'"):
+            fit(photos, tmp_path, f"{option}={path}", f"{option}.monitor={wrong}")
+        assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("command", ["fit", "predict"])
+def test_checkpoint_that_is_none_is_named(
+    command: str, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = (run / "checkpoints" / "last.ckpt").read_bytes()
+    for number, content in enumerate((b"", whole[:5000], whole[:-500], b"\x89PNG\r\n\x1a\n" + bytes(99))):
+        file = tmp_path / f"{number}.ckpt"
+        file.write_bytes(content)
+        with pytest.raises(ValueError, match=f"{number}.ckpt' cannot be read safely"):
+            main([command, *TINY[: 2 * (command == "fit")], f"--data.root={photos_of(run)}", f"--ckpt_path={file}"])
 
 
 def test_probe_that_is_handed_back_is_what_counts(
@@ -574,6 +597,8 @@ def test_resumed_run_keeps_its_best_score_its_metrics_and_its_configuration(
         main([*arguments, "--model.lr=0.5", "--seed_everything=7", "--trainer.max_epochs=9", "--ckpt_path=last"])
     assert (run / "config.yaml").read_text() == config, "a run that was refused has changed the configuration"
     assert (run / "metrics.csv").read_text().splitlines() == rows
+    with (run / "metrics.csv").open("a") as file:
+        file.write(rows[-1][:7])  # of a run that was killed while it wrote
 
     state = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
     (name,) = [key for key in state["callbacks"] if key.startswith("BestCheckpoint")]

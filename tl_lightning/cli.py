@@ -77,6 +77,9 @@ class TransferCLI(LightningCLI):
         parser.add_lightning_class_args(self.trainer_class, "trainer")
         parser.set_defaults({f"trainer.{key}": value for key, value in self.trainer_defaults.items()})
 
+    def _parse_ckpt_path(self) -> None:
+        """Leave the checkpoint to :meth:`before_instantiate_classes`: it holds no hyperparameters, which Lightning looks for."""
+
     def _add_subcommands(self, parser: LightningArgumentParser, **kwargs: Any) -> None:
         super()._add_subcommands(parser, **kwargs)
         # Lightning puts the Trainer's docstrings there.

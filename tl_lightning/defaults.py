@@ -60,7 +60,7 @@ class MetricsTable(CSVLogger):
         _ = self.experiment
         if self._before is not None and step is not None:
             with self._before.open(newline="") as file:
-                rows = [row for row in csv.DictReader(file) if int(row["step"]) < step]
+                rows = [row for row in csv.DictReader(file) if str(row["step"]).isdigit() and int(row["step"]) < step]
             part = self._before.with_name("metrics.csv.part")
             with part.open("w", newline="") as file:
                 writer = csv.DictWriter(file, self.experiment.metrics_keys)

@@ -8,7 +8,6 @@ from typing import Literal
 from lightning.pytorch.utilities import rank_zero_only
 
 from tl_lightning.modules import checkpoint
-from tl_lightning.modules.step_boundary import lacks_validation
 
 
 def claim_folder(root: Path) -> Path:
@@ -63,18 +62,18 @@ def newest_checkpoint(root: Path) -> Path:
     """Return the checkpoint that a run goes on from: what the newest run that has one wrote last, and whole.
 
     Raises:
-        FileNotFoundError: No run has one.
+        FileNotFoundError: No run has one, or that run has none that is whole.
     """
     runs = [run for run in root.glob("version_*") if run.name[8:].isdigit()]
     for run in sorted(runs, key=lambda run: int(run.name[8:]), reverse=True):
-        files = (file for file in run.glob("checkpoints/*.ckpt") if file.name not in ("best.ckpt", "probe.ckpt"))
-        second = None
+        files = [file for file in run.glob("checkpoints/*.ckpt") if file.name not in ("best.ckpt", "probe.ckpt")]
+        damaged = None
         for file in sorted(files, key=lambda file: file.stat().st_mtime_ns, reverse=True):
-            with suppress(ValueError):  # cut short, when the run was killed
-                saved = checkpoint.read(file)
-                if saved.get("optimizer_states") and not lacks_validation(saved):
+            try:
+                if checkpoint.read(file).get("optimizer_states"):
                     return file
-                second = second or (file if saved.get("optimizer_states") else None)
-        if second is not None:
-            return second
+            except ValueError as error:  # cut short, when the run was killed
+                damaged = error
+        if damaged is not None:
+            raise FileNotFoundError(f"the newest run has nothing to go on from, since {damaged}") from damaged
     raise FileNotFoundError(f"no run in {str(root.absolute())!r} can be gone on with; give the path of a checkpoint")

@@ -1,6 +1,9 @@
 """A run on stored activations is the run on images, bit for bit, and never sees stale ones."""
 
+import io
 import shutil
+import sys
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -10,6 +13,8 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import Tensor
+from torchvision.transforms import v2
 
 from tests.doubles import TINY, Block, DropoutProbe, TinyBackbone, save_image
 from tests.ranks import run_on_ranks
@@ -17,7 +22,7 @@ from tests.staged import SCHEDULE, images, trainer
 from tl_lightning.backbones import Backbone, TorchvisionBackbone
 from tl_lightning.batch import Batch
 from tl_lightning.callbacks import EMA, StagedUnfreezing
-from tl_lightning.data import CachedFeaturesDataModule
+from tl_lightning.data import CachedFeaturesDataModule, ImageFolderDataModule
 from tl_lightning.features import DamagedStoreError, content_keys
 from tl_lightning.fingerprints import fingerprint
 from tl_lightning.heads import ConvHead, MLPHead
@@ -304,6 +309,46 @@ def test_an_image_that_vanishes_is_named(
     monkeypatch.setattr("tl_lightning.data.stored.content_keys", hash_then_lose)
     with pytest.raises(ValueError, match=r"cannot read the image '.*004\.png': No such file"):
         data.complete(["head"])
+
+
+def test_name_that_is_no_text_is_said(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = tmp_path / "photos"
+    shutil.copytree(photos, root)
+    data = cached(root, tmp_path / "cache", TinyBackbone().eval())
+    data.setup("fit")
+    data.complete(["head"])
+    strange = next(root.rglob("*.png")).with_name("\udcff.png")
+    save_image(strange, seed=4711)
+    again = cached(root, tmp_path / "cache", TinyBackbone().eval())
+    again.setup("fit")
+    out = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(out, "utf-8", errors="strict"))
+    again.complete(["head"])
+    sys.stdout.flush()
+    assert rb"\udcff.png" in out.getvalue()
+
+
+def test_views_by_another_augmentation_are_other_views(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also one that says nothing of itself."""
+
+    def folders(augment: Callable[[Tensor], Tensor]) -> set[str]:
+        monkeypatch.setattr(ImageFolderDataModule, "augmentation", lambda self, preprocessing: lambda_(augment))
+        data = cached(photos, tmp_path / "cache", TinyBackbone().eval(), views=1)
+        data.setup("fit")
+        data.complete(["head"])
+        return {path.name for path in (tmp_path / "cache").iterdir() if path.is_dir()}
+
+    def lambda_(augment: Callable[[Tensor], Tensor]) -> v2.Compose:
+        return v2.Compose([v2.Resize([16, 16]), v2.Lambda(augment), v2.ToDtype(torch.float32, scale=True)])
+
+    first = folders(lambda image: image // 2)
+    assert len(first) == 2  # as they are, and augmented
+    assert folders(lambda image: image // 2) == first
+    assert len(folders(lambda image: image // 3) - first) == 1
+    with pytest.raises(ValueError, match="another one each time, though drawn from the same seed"):
+        folders(lambda image: image // 2 + time.time_ns() % 97)
 
 
 def test_features_of_views_are_refused(photos: Path, tmp_path: Path) -> None:

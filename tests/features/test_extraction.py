@@ -1,13 +1,14 @@
 """Extraction that is killed, shared among ranks, or run twice at once leaves the same bytes behind."""
 
-import io
 import multiprocessing
 import os
 import shutil
 import signal
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import IO, Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from tests.ranks import run_on_ranks
 from tl_lightning.features import extraction, folder_for, recipe_of
 from tl_lightning.features import store as stores
 from tl_lightning.features.files import Block
+from tl_lightning.modules.agreement import check_checkpoint
 
 BOUNDARIES = ("head", "layer2")
 FORK = multiprocessing.get_context("fork")  # a new interpreter would take seconds to import torch
@@ -106,7 +108,7 @@ def test_killed_at_twenty_moments(root: Path, tmp_path: Path, in_peace: dict[str
 def die_at(number: int, root: Path, cache: Path) -> None:
     torch.set_num_threads(1)
     calls = iter(range(1, 1000))
-    flush, rename, save = os.fsync, Path.replace, np.save
+    flush, rename, head = os.fsync, Path.replace, np.lib.format.write_array_header_1_0
 
     def count() -> None:
         if next(calls) == number:
@@ -120,16 +122,14 @@ def die_at(number: int, root: Path, cache: Path) -> None:
         count()
         return rename(self, target)
 
-    def dying_save(file: IO[bytes], array: Any, **options: Any) -> None:
-        whole = io.BytesIO()
-        save(whole, array, **options)
-        file.write(whole.getvalue()[: len(whole.getvalue()) // 2])
+    def dying_head(file: IO[bytes], array: dict[str, Any]) -> None:
+        head(file, array)
         file.flush()
         count()
-        file.write(whole.getvalue()[len(whole.getvalue()) // 2 :])
 
     # Of this process alone:
-    os.fsync, Path.replace, np.save = dying_flush, dying_rename, dying_save  # type: ignore[assignment,method-assign]
+    os.fsync, Path.replace = dying_flush, dying_rename  # type: ignore[assignment,method-assign]
+    np.lib.format.write_array_header_1_0 = dying_head  # type: ignore[assignment]
     fill(root, [store(cache, TinyBackbone(), boundary) for boundary in BOUNDARIES])
 
 
@@ -218,14 +218,34 @@ def on_ranks(world: int, root: str, cache: str) -> list[str]:
         return seen
 
 
-def failing_on_ranks(world: int, root: str, cache: str) -> str:
+def failing_on_ranks(world: int, root: str, cache: str) -> list[str]:
+    """Say what each rank says of an image that is none, of other weights, of other code, and of a lock that is none."""
     small(setattr)
-    with ranks():
+
+    def said(begin: Callable[[], object]) -> str:
         try:
-            fill(Path(root), [store(Path(cache), TinyBackbone())])
-        except (RuntimeError, ValueError) as error:
+            begin()
+        except (RuntimeError, ValueError, OSError) as error:
             return f"{type(error).__name__}: {error}"
         return ""
+
+    backbones = [TinyBackbone() for _ in range(3)]
+    if os.environ["LOCAL_RANK"] == "1":
+        torch.nn.init.zeros_(backbones[1].get_parameter("model.stem.conv.weight"))
+        backbones[2].get_submodule("model.stem.norm").register_forward_hook(lambda _, args, output: output * 1.5)
+    made = store(Path(cache), backbones[0])
+    images, other = Path(root), Path(cache).with_name("other")
+    with ranks():
+        recipes = [recipe_of(backbone, "head", background=(255,) * 3) for backbone in backbones]
+        found = [said(partial(fill, images, [made]))]
+        found += [said(partial(folder_for, other, b, r)) for b, r in zip(backbones[1:], recipes[1:], strict=True)]
+        found += [said(partial(fill, images, [store(other, b)], b)) for b in backbones[1:]]
+        if os.environ["LOCAL_RANK"] == "0":
+            Path(f"{made.folder}.lock").unlink()
+            Path(f"{made.folder}.lock").mkdir()
+        found.append(said(partial(fill, images, [made])))
+        found.append(said(partial(check_checkpoint, SimpleNamespace(ckpt_path=f"{os.environ['LOCAL_RANK']}.ckpt"))))  # type: ignore[arg-type]  # all it looks at
+        return found
 
 
 class ranks:
@@ -247,10 +267,20 @@ def test_two_ranks_write_every_row_once(root: Path, tmp_path: Path, in_peace: di
 
 def test_a_rank_that_fails_takes_the_others_along(root: Path, tmp_path: Path) -> None:
     (root / "ant" / "003.png").write_bytes(b"no image")
-    said = run_on_ranks(__name__, "failing_on_ranks", tmp_path / "out", root=str(root), cache=str(tmp_path / "cache"))
-    assert "cannot read the image" in said[0]
-    assert said[0].startswith("ValueError")
-    assert said[1].startswith("RuntimeError: rank 0 failed with ValueError: cannot read the image")
+    first, second = run_on_ranks(
+        __name__, "failing_on_ranks", tmp_path / "out", root=str(root), cache=str(tmp_path / "cache")
+    )
+    assert first[0].startswith("ValueError: cannot read the image")
+    assert second[0].startswith("RuntimeError: rank 0 failed with ValueError: cannot read the image")
+    assert first[1:5] == second[1:5]
+    for said, what in zip(first[1:5], ["weights is", "the network has other code"] * 2, strict=True):
+        assert said.startswith("StaleStoreError: rank 1 would compute other features than rank 0")
+        assert what in said
+    assert not (tmp_path / "other").exists()
+    assert first[5].startswith("IsADirectoryError")
+    assert second[5].startswith("RuntimeError: rank 0 failed with IsADirectoryError")
+    assert first[6] == second[6]
+    assert "go on from different checkpoints, '0.ckpt' and '1.ckpt'" in first[6]
 
 
 def test_only_what_is_lacking_is_computed_for_a_further_boundary(root: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import re
+import resource
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -26,6 +27,7 @@ from tl_lightning.features import (
 )
 from tl_lightning.features.files import Layout
 from tl_lightning.features.messages import describe_gaps
+from tl_lightning.features.shards import write_shard
 from tl_lightning.images import read_image
 from tl_lightning.transforms import eval_transform
 
@@ -220,6 +222,43 @@ def test_rows_that_do_not_depend_on_the_image_alone_are_refused(tmp_path: Path, 
         ValueError, match="what Unsteady makes of an image is not the same each time, even in eval mode"
     ):
         folder_for(tmp_path, Unsteady(by), recipe)
+
+
+class Doubled(TinyBackbone):
+    def forward(self, images: Tensor) -> Tensor:
+        rows: Tensor = super().forward(images)
+        return 2 * rows
+
+
+def test_stages_that_do_not_make_the_features_are_refused(tmp_path: Path) -> None:
+    recipe = recipe_of(Doubled(), "layer2", background=(255,) * 3)
+    with pytest.raises(ValueError, match="Doubled makes other features of an image than its stages do"):
+        folder_for(tmp_path, Doubled(), recipe)
+
+
+def test_network_of_16_bits_whose_layout_nobody_has_chosen(root: Path, tmp_path: Path) -> None:
+    for file in sorted(root.rglob("*.png"))[2:]:
+        file.unlink()
+    backbone = EfficientNetLite(image_size=64).to(torch.bfloat16)
+    recipe = recipe_of(backbone, "head", background=(255,) * 3)
+    for rows in (2, 0):
+        found = FeatureStore(folder_for(tmp_path / "cache", backbone, recipe), recipe)
+        assert fill(root, [found], backbone).rows == rows
+
+
+def test_full_disk_is_told_by_the_system(tmp_path: Path) -> None:
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
+    try:
+        with pytest.raises(OSError, match="File too large") as caught:
+            write_shard(tmp_path / "shard.npy", torch.zeros(64, 1000))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert caught.value.errno is not None
+    assert not (tmp_path / "shard.npy").exists()
+    write_shard(tmp_path / "shard.npy", torch.zeros(64, 1000))
+    np.save(tmp_path / "numpy.npy", np.zeros((64, 1000), np.float32))
+    assert (tmp_path / "shard.npy").read_bytes() == (tmp_path / "numpy.npy").read_bytes()
 
 
 @pytest.mark.parametrize("text", [None, "[]", "{}", "[1, 2]", "[[NaN]]", "null"])

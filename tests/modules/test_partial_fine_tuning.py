@@ -401,9 +401,7 @@ def test_stages_that_may_not_train_are_named(photos: Path, tmp_path: Path) -> No
 
 
 def test_optimizer_without_groups_is_refused(photos: Path, tmp_path: Path) -> None:
-    with pytest.raises(
-        ValueError, match=r"cannot be made: LBFGS doesn't support per-parameter"
-    ):
+    with pytest.raises(ValueError, match=r"cannot be made: LBFGS doesn't support per-parameter"):
         trainer(tmp_path).fit(classifier(optimizer=torch.optim.LBFGS), images(photos))
 
 

@@ -63,6 +63,17 @@ def test_one_process(photos: Path, tmp_path: Path) -> None:
     assert terminated(1, str(photos), str(tmp_path)) == [2]
 
 
+@pytest.mark.parametrize("doing", ["validate", "test", "predict"])
+def test_scoring(doing: str, photos: Path, tmp_path: Path) -> None:
+    hook = "on_validation_batch_start" if doing == "validate" else f"on_{doing}_batch_start"
+    tell = pl.callbacks.LambdaCallback(**{hook: lambda *_: os.kill(os.getpid(), signal.SIGTERM)})
+    run = trainer(tmp_path, tell)
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SIGTERMException):
+        getattr(run, doing)(classifier(), images(photos))
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
 def test_two_ranks(photos: Path, tmp_path: Path) -> None:
     found = run_on_ranks(__name__, "terminated", tmp_path / "out", photos=str(photos), folder=str(tmp_path))
     assert found == [[2, 2], [2, 2]]

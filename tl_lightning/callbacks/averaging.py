@@ -9,6 +9,8 @@ from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
+from tl_lightning.callbacks.checkpoints import handed_back
+
 
 class EMA(WeightAveraging):
     """Validate and save an exponential moving average of the weights (https://arxiv.org/abs/1703.01780).
@@ -44,16 +46,17 @@ class EMA(WeightAveraging):
             warnings.filterwarnings("ignore", "You're using the WeightAveraging callback with a model that overrides")
             super().setup(trainer, pl_module, stage)
         self._frozen = None
-        self._begun = False
+        self._begun = self._swapped = False
         self._latest_update_step = trainer.global_step  # else one that was used before waits for its old run's step
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Note that there is something left to train."""
+        """Note that there is something left to train, and take in the step before if what is resumed lacks it."""
         self._begun = True
+        self.on_train_batch_end(trainer, pl_module, None, None, 0)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Be the average also where the run that is resumed was complete."""
-        if not self._begun and self._average_model is not None:
+        if not self._begun and self._average_model is not None and handed_back(trainer) is None:
             self._copy_average_to_current(pl_module)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -76,8 +79,17 @@ class EMA(WeightAveraging):
         """Validate the average while training; afterwards the classifier has it already."""
         if trainer.state.fn == "fit":
             super().on_validation_epoch_start(trainer, pl_module)
+            self._swapped = True
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Go on with the weights of the last step."""
         if trainer.state.fn == "fit":
             super().on_validation_epoch_end(trainer, pl_module)
+            self._swapped = False
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Save the average as the weights, and those of the last step beside them, also amid a validation."""
+        super().on_save_checkpoint(trainer, pl_module, checkpoint)
+        if self._average_model is not None and self._swapped:
+            states = checkpoint["state_dict"], checkpoint["current_model_state"]
+            checkpoint["current_model_state"], checkpoint["state_dict"] = states

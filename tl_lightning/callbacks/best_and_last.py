@@ -10,6 +10,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
+from tl_lightning.callbacks.probe_fallback import ProbeFallback
 from tl_lightning.modules import TransferClassifier
 
 
@@ -100,9 +101,10 @@ def best_and_last(folder: Path | None, classifier: TransferClassifier, own: Sequ
     last = RunCheckpoint(place, "last")
     theirs = [callback for callback in own if isinstance(callback, ModelCheckpoint)]
     ours: list[RunCheckpoint] = [last] if any(callback.monitor for callback in theirs) else [best, last]
+    names = {each.filename for each in ours} | {"probe" for each in own if isinstance(each, ProbeFallback)}
     for callback in theirs:
         beside = callback.dirpath is None or (place is not None and Path(callback.dirpath).absolute() == place)
-        if beside and callback.filename in {each.filename for each in ours}:
+        if beside and callback.filename in names:
             raise ValueError(
                 f"a ModelCheckpoint is to write {callback.filename}.ckpt, which the run writes itself: give it another filename, or "
                 "dirpath"

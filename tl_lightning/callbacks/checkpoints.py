@@ -22,9 +22,7 @@ def handed_back(trainer: Trainer) -> Path | None:
 
 def newest_of(trainer: Trainer) -> Path | None:
     """Return the checkpoint that was written last, of those that a run goes on from; None if there is none yet."""
-    # What was written at the last batch before this validation would go on without it.
-    now = trainer.global_step if trainer.validating else -1
-    whole = [each for each in _all(trainer) if not each.save_weights_only and each._last_global_step_saved != now]
+    whole = [each for each in _all(trainer) if not each.save_weights_only]
     paths = [Path(path) for each in whole for path in (each.best_model_path, each.last_model_path) if path]
     return max((path for path in paths if path.is_file()), key=lambda path: path.stat().st_mtime_ns, default=None)
 

@@ -21,7 +21,7 @@ class EpochLoader(ABC):
 
     def __init__(self, batches: EpochBatches) -> None:
         self.sampler = self.batch_sampler = batches  # where Lightning looks for set_epoch, and for shuffling
-        self._consumed = 0
+        self._consumed, self._epoch = 0, 0
         self._resume_at = _NOWHERE
 
     @abstractmethod
@@ -37,14 +37,16 @@ class EpochLoader(ABC):
         # A generator: it looks at the epoch when the first batch is asked for, since Lightning makes the iterator of a
         # resumed run before it says which epoch it is.
         (epoch, consumed), self._resume_at = self._resume_at, _NOWHERE
-        self._consumed = self.sampler.start = consumed if epoch == self.sampler.epoch else 0
+        self._epoch = self.sampler.epoch
+        self._consumed = self.sampler.start = consumed if epoch == self._epoch else 0
         for batch in self.produce():
             self._consumed += 1
             yield batch
 
     def state_dict(self) -> dict[str, int]:
         """Return the epoch, how many of its batches were handed out, and what the order of the rest depends on."""
-        return {"epoch": self.sampler.epoch, "batches": self._consumed, "of": len(self)} | self.sampler.order
+        consumed = self._consumed if self._epoch == self.sampler.epoch else 0  # else the epoch has yet to begin
+        return {"epoch": self.sampler.epoch, "batches": consumed, "of": len(self)} | self.sampler.order
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Go on after the batches of a saved state, if its epoch comes next.
@@ -63,5 +65,5 @@ class EpochLoader(ABC):
                 f"now: {'; '.join(changed)}. Resume with what it was, or from a checkpoint at the end of an epoch"
             )
         self._resume_at = (state["epoch"], state["batches"])
-        self._consumed = state["batches"]
+        self._consumed, self._epoch = state["batches"], state["epoch"]
         self.sampler.set_epoch(state["epoch"])

@@ -1,7 +1,9 @@
 """The images of a folder as rows of feature stores."""
 
 import errno
-from collections.abc import Iterable, Iterator, Sequence
+import hashlib
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -25,6 +27,7 @@ from tl_lightning.features import (
     like,
     recipe_of,
 )
+from tl_lightning.features.response import patterns
 from tl_lightning.features.together import all_or_none, from_all, rank_and_world
 from tl_lightning.images import read_content, read_image
 from tl_lightning.transforms import Preprocessing, eval_geometry, to_input
@@ -134,8 +137,7 @@ class StoredImages:
     def _store(self, network: Backbone, boundary: str, augmented: bool) -> FeatureStore:
         augmentation = "none"
         if augmented:
-            transform = self.images.augmentation(network.preprocessing)
-            augmentation = f"{' '.join(repr(transform).split())} from seed {self.images.seed}"
+            augmentation = _describe(self.images.augmentation(network.preprocessing), self.images.seed)
         recipe = recipe_of(
             network, boundary, background=self.images.background, augmentation=augmentation, dtype=self.dtype
         )
@@ -160,7 +162,7 @@ class StoredImages:
             stores,
             names,
             load,
-            say=lambda text: print(f"features: {text}", flush=True),
+            say=_say,
         )
 
 
@@ -184,6 +186,34 @@ class _Images(Dataset[tuple[Tensor, int, int]]):
             return self.plain(image), UNLABELLED, 0
         with seeded(self.seed, "augmentation", int(view), content):
             return self.augment(image), UNLABELLED, 0
+
+
+def _say(text: str) -> None:
+    # A file's name may hold bytes that are no text.
+    print(f"features: {text.encode(errors='backslashreplace').decode()}", flush=True)
+
+
+def _describe(transform: Callable[[Tensor], Tensor], seed: int) -> str:
+    """Describe an augmentation by what it says of itself, and by what it makes of test patterns.
+
+    Raises:
+        ValueError: It draws from something that no seed is for.
+    """
+    images = ((patterns(96, 128) + 2) * 63).clamp(0, 255).to(torch.uint8)
+    digests = []
+    for _ in range(2):
+        digest = hashlib.sha256()
+        for number, image in enumerate(images):
+            with seeded(seed, "augmentation", "pattern", number):
+                digest.update(transform(image).contiguous().numpy().tobytes())
+        digests.append(digest.hexdigest())
+    if digests[0] != digests[1]:
+        raise ValueError(
+            "the augmentation of the training images is another one each time, though drawn from the same seed, so views of it "
+            "cannot be stored: draw by torch, numpy or random, from their global generators"
+        )
+    said = re.sub(r" at 0x[0-9a-f]+", "", " ".join(repr(transform).split()))
+    return f"{said} from seed {seed}, which makes {digests[0]} of test patterns"
 
 
 def _is_in(path: object, folder: Path) -> bool:

@@ -12,10 +12,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from tl_lightning.backbones import Backbone
 from tl_lightning.features.activations import activations
 from tl_lightning.features.estimate import check_space
-from tl_lightning.features.files import Block, Layout, claim, read_response
+from tl_lightning.features.files import Block, Layout, StaleStoreError, claim, read_response
 from tl_lightning.features.messages import describe, describe_plan
 from tl_lightning.features.recipe import Recipe
-from tl_lightning.features.response import Response, check_steady, like, pattern_rows, response_of
+from tl_lightning.features.response import Response, check_steady, is_same, like, pattern_rows, response_of
 from tl_lightning.features.store import FeatureStore
 from tl_lightning.features.together import all_or_none, from_all, from_first, locked, rank_and_world
 from tl_lightning.freezing import as_frozen, evaluating
@@ -41,17 +41,20 @@ def folder_for(cache_dir: str | Path, backbone: Backbone, recipe: Recipe) -> Pat
     Raises:
         DamagedStoreError: A file of a store cannot be read.
         OSError: Nothing can be written there.
+        StaleStoreError: The ranks would make other rows.
         ValueError: What the network makes of an image does not depend on the image alone.
     """
     chosen = None
     with all_or_none():
+        response = response_of(pattern_rows(backbone, [recipe.boundary])[recipe.boundary])
+    _check_ranks([(recipe, response)])
+    with all_or_none():
         if rank_and_world()[0] == 0:
-            chosen = _choose(Path(cache_dir), backbone, recipe)
+            chosen = _choose(Path(cache_dir), backbone, recipe, response)
     return Path(cache_dir) / str(from_first(chosen))
 
 
-def _choose(cache_dir: Path, backbone: Backbone, recipe: Recipe) -> str:
-    response = response_of(pattern_rows(backbone, [recipe.boundary])[recipe.boundary])
+def _choose(cache_dir: Path, backbone: Backbone, recipe: Recipe, response: Response) -> str:
     name, number = recipe.folder, 1
     while True:
         if read_response(cache_dir / name) is None:
@@ -60,6 +63,19 @@ def _choose(cache_dir: Path, backbone: Backbone, recipe: Recipe) -> str:
             return name
         number += 1
         name = f"{recipe.folder}-{number}"
+
+
+def _check_ranks(mine: list[tuple[Recipe, Response]]) -> None:
+    """Make sure that all ranks compute the same, before any of them writes a row."""
+    first, *others = from_all(mine)
+    for rank, other in enumerate(others, 1):
+        for (recipe, response), (its, its_response) in zip(first, other, strict=True):
+            if its != recipe or not is_same(response, its_response):
+                what = "; ".join(recipe.differences(its)) or "the network has other code"
+                raise StaleStoreError(
+                    f"rank {rank} would compute other features than rank 0 ({what}): start all processes "
+                    "with the same code, weights and options"
+                )
 
 
 class Extracted(NamedTuple):
@@ -95,17 +111,17 @@ def extract(
     Raises:
         OSError: There is too little space.
         ValueError: An image cannot be read, or an activation does not fit into the store's type.
-        StaleStoreError: A store holds rows that other code made; see :func:`folder_for`.
+        StaleStoreError: A store holds rows that other code made, see :func:`folder_for`; or the ranks would make other rows.
         RuntimeError: Another rank failed, or sees another folder.
     """
     begin = time.monotonic()
     rank, world = rank_and_world()
     if rank != 0:
         say = None
-    backbone.to(memory_format=torch.channels_last)  # in another layout, these would be other bits under the same name
     with all_or_none():
         pattern = pattern_rows(backbone, [store.recipe.boundary for store in stores])
         responses = {boundary: response_of(rows) for boundary, rows in pattern.items()}
+    _check_ranks([(store.recipe, responses[store.recipe.boundary]) for store in stores])
     if from_first(all(_is_complete(store, names, responses) for store in stores)):
         return Extracted(0, 0.0, 0.0)
     layouts = {boundary: Layout.of(rows) for boundary, rows in pattern.items()}

@@ -141,7 +141,7 @@ def claim(folder: Path, response: Response) -> bool:
     if (known := read_response(folder)) is not None:
         return is_same(known, response)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder.parent / ".lock"):
+    with FileLock(folder.parent / ".lock", mode=0o666):  # others may share the folder
         if (known := read_response(folder)) is not None:  # another process was faster
             return is_same(known, response)
         if any(folder.glob("*.npy")) or (folder / MANIFEST).exists():

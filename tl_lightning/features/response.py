@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from tl_lightning.backbones import Backbone
 from tl_lightning.features.activations import activations
-from tl_lightning.freezing import as_frozen, evaluating
+from tl_lightning.freezing import HEAD, MAP, as_frozen, evaluating
 
 Response = tuple[tuple[float, ...], ...]
 """For each test pattern, the norm of its row, and the projections of the row onto a few fixed directions."""
@@ -39,7 +39,11 @@ def patterns(height: int, width: int) -> Tensor:
 
 
 def pattern_rows(backbone: Backbone, boundaries: Collection[str], *, together: bool = True) -> dict[str, Tensor]:
-    """Compute the rows (4, ...) of the test patterns, by boundary: in one batch, or each alone."""
+    """Compute the rows (4, ...) of the test patterns, by boundary: in one batch, or each alone.
+
+    The backbone's convolutions get the memory layout that a classifier gives them.
+    """
+    backbone.to(memory_format=torch.channels_last)  # in another layout, these would be other bits under the same name
     here = like(backbone)
     images = patterns(*backbone.preprocessing.crop_shape).to(here)
     with torch.inference_mode(), as_frozen(here.device.type), evaluating(backbone):
@@ -76,8 +80,16 @@ def check_steady(backbone: Backbone, boundary: str, response: Response) -> None:
         response: To the patterns in one batch.
 
     Raises:
-        ValueError: It depends on chance, or on what is beside the image in a batch.
+        ValueError: It depends on chance, or on what is beside the image in a batch; or what the network makes of an image is
+            not what its stages make of it.
     """
+    if boundary not in (HEAD, MAP):
+        parts, whole = (pattern_rows(backbone, names)[HEAD] for names in ([boundary, HEAD], [HEAD]))
+        if not is_same(response_of(parts), response_of(whole), _STEADY):
+            raise ValueError(
+                f"{type(backbone).__name__} makes other features of an image than its stages do, one after the other, so what comes "
+                f"before {boundary!r} cannot be stored: its forward does more than they do. Let split do that too"
+            )
     again, alone = (response_of(pattern_rows(backbone, [boundary], together=t)[boundary]) for t in (True, False))
     if not (is_same(response, again) and is_same(response, alone, _STEADY)):
         raise ValueError(

@@ -46,8 +46,15 @@ def open_shard(path: Path, rows: int, digest: str | None) -> Shard:
 
 def write_shard(path: Path, rows: Tensor) -> None:
     """Write rows (N, ...) that are on the CPU, in the type in which they are stored, all at once or not at all."""
-    array = (rows.view(torch.uint16) if rows.dtype == torch.bfloat16 else rows).numpy()
-    replace(path, lambda file: np.save(file, array, allow_pickle=False))
+    array = (rows.contiguous().view(torch.uint16) if rows.dtype == torch.bfloat16 else rows.contiguous()).numpy()
+
+    def write(
+        file: IO[bytes],
+    ) -> None:  # as numpy.save, which does not say that the disk is full, but how much it wrote
+        np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(array))
+        file.write(array.data)
+
+    replace(path, write)
 
 
 def is_whole(shard: Path, rows: int) -> bool:

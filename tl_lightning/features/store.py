@@ -60,7 +60,7 @@ class FeatureStore:
     def lock(self) -> FileLock:
         """Held by whoever writes."""
         self.folder.parent.mkdir(parents=True, exist_ok=True)
-        return FileLock(self.folder.with_name(f"{self.folder.name}.lock"))
+        return FileLock(self.folder.with_name(f"{self.folder.name}.lock"), mode=0o666)
 
     def reload(self) -> None:
         """Look at the manifest again, to which another run may have added.

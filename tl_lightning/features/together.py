@@ -69,9 +69,12 @@ def locked(locks: Sequence[FileLock], what: str) -> Iterator[None]:
     """
     with ExitStack() as held:
         for lock in locks:
-            told = False
-            while not from_first(_try(lock, held, told)):
-                if not told and rank_and_world()[0] == 0:
+            got = told = False
+            while not got:
+                with all_or_none():
+                    got = _try(lock, held, told)
+                got = from_first(got)
+                if not (got or told) and rank_and_world()[0] == 0:
                     print(f"another run is {what}; waiting for it", flush=True)
                 told = True
         yield

@@ -6,6 +6,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import EarlyStopping, LearningRateFinder, ModelCheckpoint, StochasticWeightAveraging
 
 from tl_lightning.batch import NamesClasses, Preprocesses
+from tl_lightning.features.together import from_all
 from tl_lightning.messages import unknown
 from tl_lightning.transforms import Preprocessing
 
@@ -61,14 +62,32 @@ def check_monitors(trainer: Trainer) -> None:
         ValueError: It does not.
     """
     names = sorted(trainer.callback_metrics)
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]  # Lightning's own list
-        if not isinstance(callback, (EarlyStopping, ModelCheckpoint)):
+    going_by: list[tuple[object, str | None]] = [
+        (callback, callback.monitor)
+        for callback in trainer.callbacks  # type: ignore[attr-defined]  # Lightning's own list
+        if isinstance(callback, ModelCheckpoint) or (isinstance(callback, EarlyStopping) and callback.strict)
+    ]
+    going_by += [(each.scheduler, each.monitor) for each in trainer.lr_scheduler_configs if each.reduce_on_plateau]
+    own = type(trainer.lightning_module).__module__.partition(".")[0] != __name__.partition(".")[0]
+    for what, monitor in going_by:
+        # A class of the user's may log other scores while it trains.
+        if monitor is None or monitor in (*names, "train_loss"):
             continue
-        lenient = isinstance(callback, EarlyStopping) and not callback.strict
-        if callback.monitor is None or lenient or not callback.monitor.startswith("val") or callback.monitor in names:
-            continue
+        if monitor.startswith("val") or (f"val_{monitor}" in names and not own):
+            raise ValueError(f"{type(what).__name__} monitors an {unknown('score', monitor, names)}, and train_loss")
+
+
+def check_checkpoint(trainer: Trainer) -> None:
+    """Make sure that all ranks go on from the same checkpoint: each has looked for the last one by itself.
+
+    Raises:
+        ValueError: They do not.
+    """
+    found = from_all(None if trainer.ckpt_path is None else str(trainer.ckpt_path))
+    if len(set(found)) > 1:
         raise ValueError(
-            f"{type(callback).__name__} monitors an {unknown('score', callback.monitor, names)}, and train_loss"
+            f"the processes go on from different checkpoints, {' and '.join(map(repr, dict.fromkeys(found)))}, since another run was "
+            "begun at the same time: give the path of one"
         )
 
 

@@ -17,6 +17,7 @@ from typing_extensions import Self
 from tl_lightning.backbones import Backbone
 from tl_lightning.batch import Batch
 from tl_lightning.chance import run_seed, seed_torch
+from tl_lightning.features.together import from_all
 from tl_lightning.freezing import Staging
 from tl_lightning.heads import LinearHead
 from tl_lightning.makeup import Recorded
@@ -77,7 +78,7 @@ class TransferClassifier(Recorded, Staged, Optimized, Evaluated):
         self.scheduler = scheduler
         self.scheduler_interval = scheduler_interval
         self.left_out: tuple[str, ...] = ()  # of a checkpoint: arguments that it could not bring back
-        self.used_lrs = {}
+        self.used_lrs, self._resumed_lrs = {}, {}
         self._boundary = StepBoundary()
         agreement.check_number(self.num_classes, self.class_names)
         checkpoints.check(self)  # now, not when the first checkpoint is due
@@ -126,6 +127,7 @@ class TransferClassifier(Recorded, Staged, Optimized, Evaluated):
         if stage == "fit":
             checkpoints.check(self)  # again: parts may have been replaced since
             agreement.check_callbacks(self.trainer)
+            agreement.check_checkpoint(self.trainer)
         data = getattr(self.trainer, "datamodule", None)
         agreement.check_preprocessing(data, self.backbone.preprocessing)
         if stage != "predict":
@@ -142,14 +144,16 @@ class TransferClassifier(Recorded, Staged, Optimized, Evaluated):
         return [callback() for callback in (FrozenGuard, StepOnPlateau, Termination) if callback not in present]
 
     def on_train_start(self) -> None:
-        """Begin anew, though a fit before may have been interrupted within an epoch."""
+        """Begin anew, though a fit before may have been interrupted within an epoch, or go on within the one that is resumed."""
         super().on_train_start()
-        self.train_loss.reset()
+        if self._boundary.go_on(self.trainer, self.train_loss):
+            self.train_loss.update(torch.zeros((), device=self.device), 0)
+            self._log_loss()  # since no batch is left to do it
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Draw dropout from the place in the run, so that a resumed run draws as an uninterrupted one."""
         self.staging.keep()
-        self._boundary.begin(self.trainer, self, self.staging)
+        self._boundary.begin(self.trainer, self, self.staging, self.train_loss)
         seed_torch(run_seed(), "step", self.trainer.global_step, batch_idx, self.trainer.global_rank)
 
     def on_validation_end(self) -> None:
@@ -161,9 +165,12 @@ class TransferClassifier(Recorded, Staged, Optimized, Evaluated):
         """Compute the loss of a training batch."""
         loss = self.training_loss(batch)
         if not self.train_loss.update_called:  # once an epoch is enough, since it is the metric that adds up
-            self.log("train_loss", self.train_loss, on_step=False, on_epoch=True, prog_bar=True)
+            self._log_loss()
         self.train_loss.update(loss.detach(), len(batch.target))
         return loss
+
+    def _log_loss(self) -> None:
+        self.log("train_loss", self.train_loss, on_step=False, on_epoch=True, prog_bar=True)
 
     def training_loss(self, batch: Batch) -> Tensor:
         """Compute the mean loss of a training batch, a scalar."""
@@ -173,10 +180,11 @@ class TransferClassifier(Recorded, Staged, Optimized, Evaluated):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what this classifier is made of, so that the checkpoint is enough to make it again."""
+        place: dict[str, Any] = {"total_steps": self.total_steps, "used_lrs": dict(self.used_lrs)}
         if self._trainer is not None:
-            self._boundary.go_back(self._trainer, checkpoint)
-        checkpoint[checkpoints.KEY] = checkpoints.describe(self, checkpoint["state_dict"])
-        checkpoint[checkpoints.KEY]["total_steps"] = self.total_steps
+            loss = self._boundary.go_back(self._trainer, checkpoint, self.train_loss)
+            place["train_loss"] = from_all(loss.tolist())
+        checkpoint[checkpoints.KEY] = checkpoints.describe(self, checkpoint["state_dict"]) | place
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Go on where Lightning would go on wrongly.
@@ -186,11 +194,11 @@ class TransferClassifier(Recorded, Staged, Optimized, Evaluated):
         """
         if self._trainer is None or self.trainer.state.fn != "fit":
             return
-        self.check_resume(
-            checkpoint.get("optimizer_states", []), checkpoint.get(checkpoints.KEY, {}).get("total_steps")
-        )
+        place = checkpoint.get(checkpoints.KEY, {})
+        self.check_resume(checkpoint.get("optimizer_states", []), place.get("total_steps"), place.get("used_lrs", {}))
         if self.trainer.max_steps != -1:
             finish_epoch(checkpoint)
+        self._boundary.take_up(checkpoint, place.get("train_loss", []))
 
     @classmethod
     def load_from_checkpoint(  # type: ignore[override]  # a checkpoint is enough: it takes no hyperparameters

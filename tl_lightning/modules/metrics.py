@@ -31,3 +31,12 @@ class MeanLoss(Metric):
     def compute(self) -> Tensor:
         """Return the mean over all samples, a scalar."""
         return self.total / self.count
+
+    @property
+    def sums(self) -> Tensor:
+        """Sum of the losses, and number of samples (2,), of this rank so far."""
+        return torch.stack([self.total, self.count]).detach()
+
+    def go_on(self, sums: Tensor) -> None:
+        """Begin with the sums (2,) of another."""
+        self.total, self.count = sums.to(self.total)

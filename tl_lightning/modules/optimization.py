@@ -33,6 +33,7 @@ class Optimized(LightningModule):
     """Steps that the default schedule is made for; None with another one."""
     _rates: tuple[float, ...] = ()
     _resumed_steps: int | None = None
+    _resumed_lrs: dict[str, float]
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Make the optimizer over named groups, and the schedule.
@@ -94,17 +95,20 @@ class Optimized(LightningModule):
                 f"optimizer: look at parameter_groups() of {type(self).__name__}"
             )
 
-    def check_resume(self, optimizer_states: list[dict[str, Any]], total_steps: int | None) -> None:
+    def check_resume(
+        self, optimizer_states: list[dict[str, Any]], total_steps: int | None, used_lrs: dict[str, float]
+    ) -> None:
         """Look whether a run can go on from a checkpoint.
 
         Args:
             optimizer_states: What the optimizers were.
             total_steps: What the default schedule was made for.
+            used_lrs: Rates of the last step.
 
         Raises:
             ValueError: The optimizer had other groups, since other stages may train.
         """
-        self._resumed_steps = total_steps
+        self._resumed_steps, self._resumed_lrs = total_steps, used_lrs
         had = [str(group.get("name")) for state in optimizer_states for group in state.get("param_groups", [])]
         names = [str(group.get("name")) for group in self.parameter_groups()]
         if had and had != names:
@@ -141,6 +145,7 @@ class Optimized(LightningModule):
                 "now, since the length of the run, the batch size or the number of processes has changed: they jump"
             )
         self._resumed_steps = self.total_steps
+        self.used_lrs, self._resumed_lrs = dict(self._resumed_lrs), {}
 
     def on_train_epoch_end(self) -> None:
         """Log the learning rates that were used, as ``lr-<stage>``."""

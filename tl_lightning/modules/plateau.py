@@ -14,9 +14,7 @@ class StepOnPlateau(Callback):
     """Step ``ReduceLROnPlateau`` once in each epoch that is validated, at its last validation if that ends the epoch.
 
     Lightning steps it after the epoch's checkpoints are written, and not again when one of them is resumed, so that every
-    resumed run would have other rates (lightning.pytorch.loops.training_epoch_loop, ``on_advance_end``). A checkpoint from
-    between an epoch's last batch and its validation remains inexact, since Lightning does not make up for the validation.
-    A score of training (``train_...``) is looked at when the epoch ends.
+    resumed run would have other rates (lightning.pytorch.loops.training_epoch_loop, ``on_advance_end``). A score of training (``train_...``) is looked at when the epoch ends.
     """
 
     def __init__(self) -> None:

@@ -2,10 +2,13 @@
 
 from typing import Any
 
+import torch
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.loops import evaluation_loop
 from torch import Tensor
 
 from tl_lightning.freezing import Staging
+from tl_lightning.modules.metrics import MeanLoss
 
 
 def finish_epoch(checkpoint: dict[str, Any]) -> None:
@@ -27,11 +30,20 @@ def finish_epoch(checkpoint: dict[str, Any]) -> None:
     batches["current"] = dict.fromkeys(batches["current"], 0)
 
 
-def lacks_validation(checkpoint: dict[str, Any]) -> bool:
-    """Return whether a checkpoint lies between an epoch's last batch and its end: Lightning goes on without the validation."""
-    progress = checkpoint["loops"]["fit_loop"]
-    epochs = progress["epoch_progress"]["current"]
-    return bool(progress["epoch_loop.batch_progress"]["is_last_batch"] and epochs["processed"] < epochs["started"])
+def make_up(trainer: Trainer) -> None:
+    """Do what follows on the batch that a resumed run begins behind: a validation, if one is due."""
+    loop = trainer.fit_loop.epoch_loop
+    assert trainer.fit_loop._data_fetcher is not None  # noqa: S101 - training has begun
+    if loop._should_check_val_fx(trainer.fit_loop._data_fetcher):
+        loop.val_loop.restarting = False  # it has not begun
+        loop.val_loop._restart_stage = evaluation_loop.RestartStage.RESTARTED_MID_EVALUATION
+    else:
+        loop._batches_that_stepped += not loop._should_accumulate()
+
+
+def _is_amid_validation(trainer: Trainer) -> bool:
+    loop = trainer.fit_loop.epoch_loop.val_loop
+    return trainer.validating and loop.batch_progress.current.completed < sum(loop.max_batches)
 
 
 class StepBoundary:
@@ -42,17 +54,21 @@ class StepBoundary:
 
     def __init__(self) -> None:
         self._buffers: dict[str, Tensor] = {}
+        self._loss = torch.zeros(2)
         self._trained: frozenset[str] | None = None
         self._moving: list[str] = []
+        self._so_far: list[list[float]] = []
+        self._behind_a_batch = False
         self._batch = (-1, -1)  # of the batch at hand: its number in the epoch, from 1, and the steps before it
 
-    def begin(self, trainer: Trainer, module: LightningModule, staging: Staging) -> None:
+    def begin(self, trainer: Trainer, module: LightningModule, staging: Staging, loss: MeanLoss) -> None:
         """Keep, before the first batch of a step, what a forward pass changes, such as running statistics.
 
         Args:
             trainer: At the start of a batch.
             module: What is trained.
             staging: Says what does not change.
+            loss: Of the epoch so far.
         """
         number = trainer.fit_loop.epoch_loop.batch_progress.current.ready
         self._batch = (number, trainer.global_step)
@@ -62,9 +78,14 @@ class StepBoundary:
             self._trained = staging.trained
         if (number - 1) % trainer.accumulate_grad_batches == 0:
             self._buffers = {name: module.get_buffer(name).clone() for name in self._moving}
+            self._loss = loss.sums
 
-    def go_back(self, trainer: Trainer, checkpoint: dict[str, Any]) -> None:
-        """Change a checkpoint that was taken between steps: running statistics, and the place in the data."""
+    def go_back(self, trainer: Trainer, checkpoint: dict[str, Any], loss: MeanLoss) -> Tensor:
+        """Change a checkpoint that was taken between steps: running statistics, and the place in the data.
+
+        Returns:
+            The sums of the epoch's loss (2,) that belong to it.
+        """
         epoch_loop = trainer.fit_loop.epoch_loop
         now = epoch_loop.batch_progress.current
         every = trainer.accumulate_grad_batches
@@ -76,8 +97,14 @@ class StepBoundary:
             extra = 0  # Lightning steps on the last batch of an epoch
         else:
             extra = now.ready % every
+        sums = loss.sums
+        fit = checkpoint["loops"]["fit_loop"]
+        progress = fit["epoch_loop.batch_progress"]
         if extra == 0 and not within:
-            return
+            if _is_amid_validation(trainer):
+                for counts in (progress["current"], progress["total"]):
+                    counts["completed"] = counts["processed"] - 1  # so that it is made up for
+            return sums
         if extra > 0 and (begun or extra > 1 or not within):
             for key in (
                 "state_dict",
@@ -85,9 +112,52 @@ class StepBoundary:
             ):  # the latter where the former is an average of the weights
                 state = checkpoint.get(key, {})
                 state.update({name: buffer for name, buffer in self._buffers.items() if name in state})
-        progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+            sums = self._loss
         for counts in (progress["current"], progress["total"]):
             counts.update(dict.fromkeys(counts, counts["ready"] - extra))
         place = checkpoint.get(type(getattr(trainer, "datamodule", None)).__qualname__, {}).get("place")
-        if place is not None:
-            place["batches"] -= extra
+        for state in (
+            place,
+            *fit["state_dict"].get("combined_loader", ()),
+        ):  # Lightning keeps the loader's place as well
+            if isinstance(state, dict) and "batches" in state:
+                state["batches"] -= extra
+        return sums
+
+    def take_up(self, checkpoint: dict[str, Any], so_far: list[list[float]]) -> None:
+        """Take up a checkpoint that a run goes on from.
+
+        One from the end of a batch comes before the validation that may follow. Lightning would leave that out, and where it
+        is the epoch's last batch, the epoch's end as well (lightning.pytorch.loops.fit_loop, ``reset``). So it is to count
+        the batch as complete, and what follows is made up for. One from the very start of an epoch would end it at once, so
+        it is taken for one from the end of the epoch before.
+
+        Args:
+            checkpoint: As it was read; it is changed.
+            so_far: Sums of the epoch's loss, by rank.
+        """
+        progress = checkpoint["loops"]["fit_loop"]
+        epochs, batches = progress["epoch_progress"]["current"], progress["epoch_loop.batch_progress"]
+        if epochs["ready"] > epochs["started"]:
+            for counts in progress["epoch_progress"].values():
+                counts["ready"] = counts["started"]
+        self._so_far = so_far if epochs["processed"] < epochs["started"] else []
+        self._behind_a_batch = batches["current"]["completed"] == batches["current"]["processed"] - 1
+        if self._behind_a_batch:
+            for counts in (batches["current"], batches["total"]):
+                counts["completed"] = counts["processed"]
+
+    def go_on(self, trainer: Trainer, loss: MeanLoss) -> bool:
+        """Begin to train: at the start of an epoch, or within the one that is resumed.
+
+        Returns:
+            Whether none of its batches is left.
+        """
+        loss.reset()
+        resumed = len(self._so_far) == trainer.world_size
+        if resumed:
+            loss.go_on(torch.tensor(self._so_far[trainer.global_rank]))
+        if self._behind_a_batch:
+            make_up(trainer)
+        self._so_far, self._behind_a_batch = [], False
+        return resumed and trainer.fit_loop.epoch_loop._num_ready_batches_reached()

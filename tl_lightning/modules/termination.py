@@ -24,17 +24,13 @@ class Termination(Callback):
         """Forget what another run was told."""
         self._asked = False
 
-    def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Take the signal over from Lightning, which gives it back to its first owner at the end."""
-        self._take_over()
-
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Take the signal over where there was no validation before."""
-        self._take_over()
-
-    def _take_over(self) -> None:
+        """Take the signal over from Lightning, which gives it back to its first owner at the end."""
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, self._note)
+
+    # Whichever comes first:
+    on_sanity_check_start = on_validation_start = on_test_start = on_predict_start = on_train_start
 
     def _note(self, signum: int, frame: FrameType | None) -> None:
         self._asked = True
@@ -45,8 +41,15 @@ class Termination(Callback):
 
     def on_validation_batch_end(self, trainer: Trainer, *args: Any) -> None:
         """End the run, if a rank was told to."""
-        if trainer.state.fn == "fit":
-            self._end(trainer)
+        self._end(trainer)
+
+    def on_test_batch_end(self, trainer: Trainer, *args: Any) -> None:
+        """End the run, if a rank was told to."""
+        self._end(trainer)
+
+    def on_predict_batch_end(self, trainer: Trainer, *args: Any) -> None:
+        """End the run, if a rank was told to."""
+        self._end(trainer)
 
     def _end(self, trainer: Trainer) -> None:
         if trainer.strategy.reduce_boolean_decision(self._asked, all=False):
