@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loops import evaluation_loop
+from lightning.pytorch.trainer.states import TrainerStatus
 from torch import Tensor
 
 from tl_lightning.freezing import Staging
@@ -42,8 +43,11 @@ def make_up(trainer: Trainer) -> None:
 
 
 def _is_amid_validation(trainer: Trainer) -> bool:
+    if not trainer.validating:
+        return False
     loop = trainer.fit_loop.epoch_loop.val_loop
-    return trainer.validating and loop.batch_progress.current.completed < sum(loop.max_batches)
+    left = loop.batch_progress.current.completed < sum(loop.max_batches)
+    return left or trainer.state.status == TrainerStatus.INTERRUPTED  # by what then follows
 
 
 class StepBoundary:
