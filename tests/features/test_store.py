@@ -239,7 +239,7 @@ def test_stages_that_do_not_make_the_features_are_refused(tmp_path: Path) -> Non
 def test_network_of_16_bits_whose_layout_nobody_has_chosen(root: Path, tmp_path: Path) -> None:
     for file in sorted(root.rglob("*.png"))[2:]:
         file.unlink()
-    backbone = EfficientNetLite(image_size=64).to(torch.bfloat16)
+    backbone = EfficientNetLite(image_size=64).half()
     recipe = recipe_of(backbone, "head", background=(255,) * 3)
     for rows in (2, 0):
         found = FeatureStore(folder_for(tmp_path / "cache", backbone, recipe), recipe)
