@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.trainer.states import TrainerStatus
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torchmetrics import MetricCollection
@@ -183,7 +184,9 @@ class TransferClassifier(Recorded, Staged, Optimized, Evaluated):
         place: dict[str, Any] = {"total_steps": self.total_steps, "used_lrs": dict(self.used_lrs)}
         if self._trainer is not None:
             loss = self._boundary.go_back(self._trainer, checkpoint, self.train_loss)
-            place["train_loss"] = from_all(loss.tolist())
+            # A run that is interrupted may be so on one rank, which must not wait for the others.
+            interrupted = self._trainer.state.status == TrainerStatus.INTERRUPTED
+            place["train_loss"] = [loss.tolist()] if interrupted else from_all(loss.tolist())
         checkpoint[checkpoints.KEY] = checkpoints.describe(self, checkpoint["state_dict"]) | place
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

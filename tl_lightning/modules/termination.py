@@ -14,7 +14,7 @@ class Termination(Callback):
 
     Lightning's own handler speaks to the other ranks from within the signal, wherever these are at that moment: their
     operations then meet each other's data, and one of them dies with an error instead of coming to its end (2.6.6,
-    ``_SignalConnector._sigterm_notifier_fn``). Here, the ranks agree between batches.
+    ``_SignalConnector._sigterm_notifier_fn``). Here, the ranks agree between batches of a fit.
     """
 
     def __init__(self) -> None:
@@ -52,5 +52,7 @@ class Termination(Callback):
         self._end(trainer)
 
     def _end(self, trainer: Trainer) -> None:
-        if trainer.strategy.reduce_boolean_decision(self._asked, all=False):
+        # Where nothing is trained, ranks may have different numbers of batches, so each one ends by itself.
+        training = trainer.state.fn == "fit"
+        if trainer.strategy.reduce_boolean_decision(self._asked, all=False) if training else self._asked:
             raise SIGTERMException
