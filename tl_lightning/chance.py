@@ -9,6 +9,7 @@ import os
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 
 import numpy as np
 import torch
@@ -35,10 +36,15 @@ def derive_seed(*parts: int | str) -> int:
 def seed_torch(*parts: int | str) -> None:
     """Seed torch's global generators, of every device, from ``parts``."""
     seed = derive_seed(*parts)
-    if torch.accelerator.is_available():
+    if _has_accelerator():
         torch.manual_seed(seed)
     else:  # torch.manual_seed would queue a seed for each device that might come to be, with a stack trace, for ever
         torch.default_generator.manual_seed(seed)
+
+
+@cache
+def _has_accelerator() -> bool:
+    return torch.accelerator.is_available()  # without a GPU, it looks for the driver's library each time, for 40 us
 
 
 @contextmanager

@@ -5,8 +5,8 @@ import torch
 from torch import Tensor
 
 from tl_lightning.batch import PADDING, Batch
-from tl_lightning.data.image_loader import ImageDataset, ImageLoader
-from tl_lightning.data.order import EpochBatches
+from tl_lightning.data.image_loader import ImageDataset, ImageLoader, load_by_threads, load_in_order
+from tl_lightning.data.order import EpochBatches, Key
 
 
 def read(index: int) -> Tensor:
@@ -34,6 +34,15 @@ def test_batches_are_the_same_with_any_number_of_workers() -> None:
             each.sampler.set_epoch(epoch)
         first, *others = [values(iter(each)) for each in loaders]
         assert all(other == first for other in others), epoch
+
+
+def test_threads_load_what_worker_processes_load() -> None:
+    dataset = ImageDataset(read, None, lambda image: image.float(), seed=5)
+    batches = [[Key(i, 0, False) for i in part] for part in ([4, 0, 7], [2], [9, 9, 1, 3])]
+    by_threads, by_processes = load_by_threads(dataset, batches), load_in_order(dataset, batches, 1)
+    for mine, theirs, keys in zip(by_threads, by_processes, batches, strict=True):
+        assert torch.equal(mine, theirs)
+        assert mine[:, 0, 0, 0].tolist() == [key.index for key in keys]
 
 
 def test_augmentation_depends_on_epoch_and_sample_alone() -> None:

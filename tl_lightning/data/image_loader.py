@@ -7,6 +7,7 @@ import threading
 import time
 import traceback
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -171,6 +172,24 @@ def load_in_order(dataset: Dataset[_Sample], batches: Sequence[Sequence[object]]
     )
     for batch in _batches_of(loader):
         yield batch.inputs
+
+
+def load_by_threads(dataset: Dataset[_Sample], batches: Sequence[Sequence[object]]) -> Iterator[Tensor]:
+    """Load images as :func:`load_in_order` does, by threads of this process and each batch when it is asked for.
+
+    Where the network runs on the same cores, worker processes that load ahead take them from it: it then waits at each of
+    its operations for the thread that was put off, and a pass over images took a quarter longer on two cores.
+
+    Args:
+        dataset: Samples by key; nothing that draws from global generators.
+        batches: Keys of each batch.
+
+    Yields:
+        (n, 3, H, W), the images of each batch.
+    """
+    with ThreadPoolExecutor() as threads:
+        for keys in batches:
+            yield collate(list(threads.map(dataset.__getitem__, keys))).inputs
 
 
 def _batches_of(loader: "DataLoader[_Sample | _Failure]") -> Iterator[Batch]:

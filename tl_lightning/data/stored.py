@@ -15,7 +15,7 @@ from tl_lightning.batch import UNLABELLED
 from tl_lightning.chance import seeded
 from tl_lightning.data.folder import TRAIN
 from tl_lightning.data.image_folder import ImageFolderDataModule
-from tl_lightning.data.image_loader import load_in_order
+from tl_lightning.data.image_loader import load_by_threads, load_in_order
 from tl_lightning.features import (
     FeatureStore,
     Recipe,
@@ -89,7 +89,7 @@ class StoredImages:
                 continue
             try:
                 stores = [self._store(network, boundary, augmented) for boundary in boundaries]
-                self._extract(network, stores, names)
+                self._extract(network, stores, names, augmented)
             except OSError as error:
                 if error.errno in _NO_ROOM or _is_in(error.filename, self.cache_dir):
                     raise OSError(
@@ -147,23 +147,21 @@ class StoredImages:
             self._stores[recipe] = FeatureStore(folder_for(self.cache_dir, network, recipe), recipe)
         return self._stores[recipe]
 
-    def _extract(self, network: Backbone, stores: Sequence[FeatureStore], names: dict[str, str]) -> None:
+    def _extract(
+        self, network: Backbone, stores: Sequence[FeatureStore], names: dict[str, str], augmented: bool
+    ) -> None:
         images = _Images(self.images, {key: file for file, key in self._content().items()}, network.preprocessing)
         device = like(network).device
         finish = to_input(network.preprocessing)
 
         def load(keys: Sequence[Sequence[str]]) -> Iterator[Tensor]:
-            for batch in load_in_order(images, keys, self.images.workers):
+            by_threads = device.type == "cpu" and not augmented  # augmentation draws from generators that threads share
+            loaded = load_by_threads(images, keys) if by_threads else load_in_order(images, keys, self.images.workers)
+            for batch in loaded:
                 here = batch.to(device)
                 yield here if here.is_floating_point() else finish(here)
 
-        extract(
-            network,
-            stores,
-            names,
-            load,
-            say=_say,
-        )
+        extract(network, stores, names, load, say=_say)
 
 
 class _Images(Dataset[tuple[Tensor, int, int]]):

@@ -6,7 +6,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loops import evaluation_loop
 from lightning.pytorch.trainer.states import TrainerStatus
-from torch import Tensor
+from torch import Tensor, nn
 
 from tl_lightning.freezing import Staging
 from tl_lightning.modules.metrics import MeanLoss
@@ -50,6 +50,11 @@ def _is_amid_validation(trainer: Trainer) -> bool:
     return left or trainer.state.status == TrainerStatus.INTERRUPTED  # by what then follows
 
 
+def _owner(module: nn.Module, name: str) -> tuple[nn.Module, str]:
+    path, _, leaf = name.rpartition(".")
+    return module.get_submodule(path), leaf
+
+
 class StepBoundary:
     """Take a checkpoint back to the optimizer's last step, since neither half a batch nor accumulated gradients are saved.
 
@@ -60,7 +65,7 @@ class StepBoundary:
         self._buffers: dict[str, Tensor] = {}
         self._loss = torch.zeros(2)
         self._trained: frozenset[str] | None = None
-        self._moving: list[str] = []
+        self._moving: dict[str, tuple[nn.Module, str]] = {}
         self._so_far: list[list[float]] = []
         self._behind_a_batch = False
         self._batch = (-1, -1)  # of the batch at hand: its number in the epoch, from 1, and the steps before it
@@ -78,10 +83,10 @@ class StepBoundary:
         self._batch = (number, trainer.global_step)
         if staging.trained != self._trained:
             still = {f"backbone.{name}" for name in staging.still()}
-            self._moving = [name for name, _ in module.named_buffers() if name not in still]
+            self._moving = {name: _owner(module, name) for name, _ in module.named_buffers() if name not in still}
             self._trained = staging.trained
         if (number - 1) % trainer.accumulate_grad_batches == 0:
-            self._buffers = {name: module.get_buffer(name).clone() for name in self._moving}
+            self._buffers = {name: getattr(owner, leaf).clone() for name, (owner, leaf) in self._moving.items()}
             self._loss = loss.sums
 
     def go_back(self, trainer: Trainer, checkpoint: dict[str, Any], loss: MeanLoss) -> Tensor:
@@ -158,6 +163,7 @@ class StepBoundary:
             Whether none of its batches is left.
         """
         loss.reset()
+        self._trained = None  # parts may have been replaced since another fit
         resumed = len(self._so_far) == trainer.world_size
         if resumed:
             loss.go_on(torch.tensor(self._so_far[trainer.global_rank]))
