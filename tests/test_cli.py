@@ -626,6 +626,8 @@ def test_two_runs_never_share_a_folder(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(NotADirectoryError, match=r"file', a file; give a folder"):
         claim_folder(tmp_path / "file")
+    with pytest.raises(OSError, match=r"file/runs', where no folder can be made \(Not a directory\); give another"):
+        claim_folder(tmp_path / "file" / "runs")
 
 
 def test_newest_run_with_a_checkpoint_is_found(tmp_path: Path) -> None:

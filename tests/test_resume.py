@@ -29,23 +29,28 @@ pytestmark = pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_p
 
 
 class Losses(pl.Callback):
-    """Note the loss of each epoch's training, and of each validation, by the number of batches behind it."""
+    """Note the loss of each epoch's training, and of each validation, by the number of batches behind it.
+
+    With each goes the step by which it is logged.
+    """
 
     def __init__(self) -> None:
         self.max_steps = -1
-        self.train: dict[int, float] = {}
-        self.val: dict[int, float] = {}
+        self.train: dict[int, tuple[float, int]] = {}
+        self.val: dict[int, tuple[float, int]] = {}
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.max_steps = trainer.max_steps
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         loss = trainer.callback_metrics.get("train_loss")
-        self.train[trainer.current_epoch] = math.nan if loss is None else float(loss)
+        step = trainer.fit_loop.epoch_loop._batches_that_stepped
+        self.train[trainer.current_epoch] = math.nan if loss is None else float(loss), step
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if not trainer.sanity_checking:
-            self.val[trainer.fit_loop.total_batch_idx] = float(trainer.callback_metrics["val_loss"])
+            step = trainer.fit_loop.epoch_loop._batches_that_stepped
+            self.val[trainer.fit_loop.total_batch_idx] = float(trainer.callback_metrics["val_loss"]), step
 
     def missing(self, whole: "Losses", checkpoint: Path) -> str:
         """Return what a run that was resumed has otherwise than the whole one."""
@@ -125,6 +130,10 @@ def resume_from_everywhere(photos: str, folder: str, world: int, **options: Any)
     for checkpoint in sorted(root.glob("*.ckpt")):
         model, trainer, losses = fit(photos, root, checkpoint, world, **options)
         results[checkpoint.stem] = outcome(model, trainer, losses.missing(whole, checkpoint))
+    if world > 1:
+        mine = sorted(root.glob("*.ckpt"))[trainer.global_rank]
+        with pytest.raises(ValueError, match="the processes go on from different checkpoints"):
+            fit(photos, root, mine, world, **options)
     return results
 
 
@@ -214,21 +223,26 @@ class SaveWithinEachBatch(pl.Callback):
 
 
 @pytest.mark.parametrize(
-    ("accumulate", "average", "scheduler", "checkpoints"),
+    ("options", "average", "scheduler", "checkpoints"),
     [
-        (1, False, None, 46),
-        (2, True, None, 42),
-        (2, False, partial(torch.optim.lr_scheduler.StepLR, step_size=1, gamma=0.5), 42),
+        ({}, False, None, 46),
+        ({"accumulate_grad_batches": 2, "max_epochs": -1, "max_steps": 4}, True, None, 42),
+        (
+            {"accumulate_grad_batches": 2},
+            False,
+            partial(torch.optim.lr_scheduler.StepLR, step_size=1, gamma=0.5),
+            42,
+        ),
     ],
     ids=["plain", "averaged", "own schedule"],
 )
 def test_interrupted_at_any_moment(
-    accumulate: int, average: bool, scheduler: Any, checkpoints: int, photos: Path, tmp_path: Path
+    options: dict[str, Any], average: bool, scheduler: Any, checkpoints: int, photos: Path, tmp_path: Path
 ) -> None:
     def fit(resume: Path | None, *callbacks: pl.Callback) -> tuple[str, Losses]:
         model, losses = classifier(lr=0.05, train_bn=True, scheduler=scheduler), Losses()
         averages = [EMA(0.9)] * average
-        run = trainer(tmp_path, losses, *callbacks, *averages, max_epochs=2, accumulate_grad_batches=accumulate)
+        run = trainer(tmp_path, losses, *callbacks, *averages, **({"max_epochs": 2} | options))
         run.fit(model, images(photos, batch_size=6), ckpt_path=resume, weights_only=True)
         return fingerprint(model.state_dict()), losses
 

@@ -15,6 +15,7 @@ def claim_folder(root: Path) -> Path:
 
     Raises:
         NotADirectoryError: The root is a file.
+        OSError: Nothing can be written there.
     """
     if root.exists() and not root.is_dir():
         raise NotADirectoryError(f"trainer.default_root_dir is {str(root)!r}, a file; give a folder for the runs")
@@ -27,6 +28,10 @@ def claim_folder(root: Path) -> Path:
             folder.mkdir(parents=True)
         except FileExistsError:
             continue  # another run was faster
+        except OSError as error:
+            raise OSError(
+                f"trainer.default_root_dir is {str(root)!r}, where no folder can be made ({error.strerror}); give another"
+            ) from error
         return folder
 
 

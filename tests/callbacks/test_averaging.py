@@ -82,6 +82,13 @@ def test_wrong_decay() -> None:
         EMA(decay=1.5)
 
 
+def test_weights_alone_are_refused(photos: Path, tmp_path: Path) -> None:
+    alone = pl.callbacks.ModelCheckpoint(save_weights_only=True)
+    run = trainer(tmp_path, EMA(), alone, enable_checkpointing=True)
+    with pytest.raises(ValueError, match="save_weights_only=True"):
+        run.fit(classifier(), images(photos))
+
+
 def test_average_used_again_begins_anew(photos: Path, tmp_path: Path) -> None:
     average = EMA(decay=0.5)
     ends = []

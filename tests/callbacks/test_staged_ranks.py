@@ -193,15 +193,22 @@ class Double(PartialFineTuning):
         return super().forward_from(inputs.double(), boundary)
 
 
-def train_sharded(photos: str, folder: str, world: int) -> dict[str, Any]:
-    """Train on two processes that share out the weights, or on one that has them all."""
-    torch.manual_seed(5)
-    model = Double(TinyBackbone(chance=0.0), 3, unfreeze_from="layer1", lr=0.01, backbone_lr=0.005).double()
-    strategy = ModelParallelStrategy(data_parallel_size=world, tensor_parallel_size=1) if world > 1 else "auto"
-    watch = Whole()
-    run = trainer(folder, StagedUnfreezing(SCHEDULE), watch, devices=world, strategy=strategy)
-    run.fit(model, images(photos, batch_size=8 // world))
-    return {"epochs": [{n: t.flatten().tolist() for n, t in e.items()} for e in watch.epochs], "sharded": watch.sharded}
+def train_sharded(photos: str, folder: str, world: int) -> list[dict[str, Any]]:
+    """Train on two processes that share out the weights, or on one that has them all; then go on from epochs of that."""
+    found = []
+    for resume in (None, "epoch=1.ckpt", "epoch=2.ckpt") if world > 1 else (None,):
+        torch.manual_seed(5)
+        model = Double(TinyBackbone(chance=0.0), 3, unfreeze_from="layer1", lr=0.01, backbone_lr=0.005).double()
+        strategy = ModelParallelStrategy(data_parallel_size=world, tensor_parallel_size=1) if world > 1 else "auto"
+        watch = Whole()
+        saves = [ModelCheckpoint(folder, "{epoch}", save_top_k=-1, save_on_train_epoch_end=True)] * (resume is None)
+        more = {"devices": world, "strategy": strategy, "enable_checkpointing": resume is None}
+        run = trainer(folder, StagedUnfreezing(SCHEDULE), watch, *saves, **more)
+        path = None if resume is None else Path(folder) / resume
+        run.fit(model, images(photos, batch_size=8 // world), ckpt_path=path, weights_only=True)
+        epochs = [{n: t.flatten().tolist() for n, t in e.items()} for e in watch.epochs]
+        found.append({"epochs": epochs, "sharded": watch.sharded})
+    return found
 
 
 class Whole(pl.Callback):
@@ -222,13 +229,20 @@ class Whole(pl.Callback):
 
 
 def test_sharded_training_is_as_one_process(photos: Path, tmp_path: Path) -> None:
-    arguments = {"photos": str(photos), "folder": str(tmp_path)}
     module = "tests.callbacks.test_staged_ranks"
-    (one,) = run_on_ranks(module, "train_sharded", tmp_path / "one", world=1, **arguments)
-    two = run_on_ranks(module, "train_sharded", tmp_path / "two", world=2, **arguments)
-    sharded = {name.split(".")[2] if name.startswith("backbone") else "head" for name in two[0]["sharded"]}
+    arguments: dict[str, Any] = {"photos": str(photos), "folder": str(tmp_path / "one")}
+    ((one,),) = run_on_ranks(module, "train_sharded", tmp_path / "one", world=1, **arguments)
+    arguments["folder"] = str(tmp_path / "two")
+    ranks = run_on_ranks(module, "train_sharded", tmp_path / "two", world=2, **arguments)
+    sharded = {name.split(".")[2] if name.startswith("backbone") else "head" for name in ranks[0][0]["sharded"]}
     assert sharded == {"head", "layer1", "layer2", "layer3"}, "what never trains stays whole"
-    for rank in two:
-        for epoch, (given, expected) in enumerate(zip(rank["epochs"], one["epochs"], strict=True)):
+    for two, *resumed in ranks:
+        for epoch, (given, expected) in enumerate(zip(two["epochs"], one["epochs"], strict=True)):
             for name, values in expected.items():
                 assert given[name] == pytest.approx(values, abs=1e-12), (epoch, name)
+        for run in resumed:
+            assert run["epochs"] == two["epochs"][-len(run["epochs"]) :]
+    loaded = dict(Double.load_from_checkpoint(tmp_path / "two" / f"epoch={EPOCHS - 1}.ckpt").named_parameters())
+    for name, values in ranks[0][0]["epochs"][-1].items():
+        whole = pytest.approx(values, rel=1e-6)  # it is made in single precision
+        assert loaded[name].flatten().tolist() == whole, "a checkpoint is one file, and enough"

@@ -1,3 +1,5 @@
+import gc
+import multiprocessing
 import os
 import shutil
 from collections import Counter
@@ -13,7 +15,7 @@ from torch import Tensor
 from tests.doubles import TINY, TinyBackbone, image_folder, save_image
 from tests.staged import classifier, images, trainer
 from tl_lightning.batch import Batch
-from tl_lightning.data import ImageFolderDataModule
+from tl_lightning.data import CachedFeaturesDataModule, ImageFolderDataModule
 from tl_lightning.modules import LinearProbe
 
 
@@ -284,10 +286,14 @@ pytestmark = pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_p
 
 
 def trained(root: Path, folder: Path, seed: int) -> Path:
+    return fit_on(data(root, seed=seed), folder)
+
+
+def fit_on(module: pl.LightningDataModule, folder: Path) -> Path:
     trainer = pl.Trainer(
         max_epochs=1, default_root_dir=folder, logger=False, enable_progress_bar=False, enable_model_summary=False
     )
-    trainer.fit(LinearProbe(TinyBackbone(), num_classes=3), data(root, seed=seed))
+    trainer.fit(LinearProbe(TinyBackbone(), num_classes=3), module)
     trainer.save_checkpoint(folder / "a.ckpt")
     return folder / "a.ckpt"
 
@@ -297,6 +303,22 @@ def run_test(checkpoint: Path, module: ImageFolderDataModule) -> None:
     trainer.test(LinearProbe(TinyBackbone(), num_classes=3), module, ckpt_path=checkpoint, verbose=False)
 
 
+def test_interrupted_resumption_leaves_nothing_behind(photos: Path, tmp_path: Path) -> None:
+    """Neither worker processes of loaders that are no longer used, nor the place of a run for another one."""
+    module = data(photos, num_workers=1, val_fraction=0.3)
+    others = set(multiprocessing.active_children())
+    for _ in range(2):
+        module.setup("fit")
+        loader = module.train_dataloader()
+        assert len(list(loader)) == len(loader)
+        module._resume_at = loader.state_dict() | {"epoch": 0, "batches": 1}
+        del loader
+    gc.collect()
+    assert len(set(multiprocessing.active_children()) - others) == 1, "those of the loader that is in use"
+    module.teardown("fit")
+    assert set(multiprocessing.active_children()) <= others
+
+
 def test_testing_on_images_trained_on_is_refused(photos: Path, tmp_path: Path) -> None:
     checkpoint = trained(photos, tmp_path, seed=1)
     run_test(checkpoint, data(photos, seed=1))
@@ -304,6 +326,19 @@ def test_testing_on_images_trained_on_is_refused(photos: Path, tmp_path: Path) -
         run_test(checkpoint, data(photos, seed=2))
     with pytest.raises(ValueError, match="it is the same folder, divided in other shares"):
         run_test(checkpoint, data(photos, seed=1, test_fraction=0.4))
+
+
+def test_images_trained_on_are_known_whatever_serves_them(photos: Path, tmp_path: Path) -> None:
+    class Mine(ImageFolderDataModule):
+        pass
+
+    stored = CachedFeaturesDataModule(data(photos, seed=1), cache_dir=str(tmp_path / "features"))
+    (tmp_path / "stored").mkdir()
+    for checkpoint in (trained(photos, tmp_path, seed=1), fit_on(stored, tmp_path / "stored")):
+        for serves in (ImageFolderDataModule, Mine):
+            run_test(checkpoint, serves(str(photos), preprocessing=TINY, seed=1))
+            with pytest.raises(ValueError, match="would count as unseen: the split was drawn from seed 1"):
+                run_test(checkpoint, serves(str(photos), preprocessing=TINY, seed=2))
 
 
 @pytest.mark.parametrize("change", ["removed", "added", "renamed"])

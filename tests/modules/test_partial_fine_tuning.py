@@ -6,7 +6,12 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
-from lightning.pytorch.callbacks import LearningRateFinder, ModelCheckpoint, StochasticWeightAveraging
+from lightning.pytorch.callbacks import (
+    GradientAccumulationScheduler,
+    LearningRateFinder,
+    ModelCheckpoint,
+    StochasticWeightAveraging,
+)
 from torch import Tensor, nn
 
 from tests.doubles import TinyBackbone, image_folder
@@ -360,6 +365,7 @@ def test_optimizer_that_loses_the_rates_is_found(photos: Path, tmp_path: Path) -
 def test_callbacks_that_cannot_work_are_refused(photos: Path, tmp_path: Path) -> None:
     for callback, message in (
         (StochasticWeightAveraging(1e-3), "use tl_lightning.callbacks.EMA"),
+        (GradientAccumulationScheduler({0: 2}), r"give trainer.accumulate_grad_batches"),
         (LearningRateFinder(), r"call lightning.pytorch.tuner.Tuner\(trainer\).lr_find"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -5,6 +5,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 
+from tests.doubles import TinyBackbone
 from tests.staged import classifier, images, trainer
 from tl_lightning.modules import PartialFineTuning
 
@@ -20,6 +21,14 @@ class Plateau(torch.optim.lr_scheduler.ReduceLROnPlateau):
     def step(self, metrics: Any, epoch: int | None = None) -> None:  # type: ignore[override]  # as torch does
         self.seen.append(float(metrics))
         super().step(metrics)
+
+
+class Later(PartialFineTuning):
+    """Log a score when training has begun."""
+
+    def on_validation_epoch_end(self) -> None:
+        if not self.trainer.sanity_checking:
+            self.log("val_glory", 1.0)
 
 
 class Scores(pl.Callback):
@@ -62,3 +71,11 @@ def test_score_that_will_never_be_there(photos: Path, tmp_path: Path) -> None:
         run(photos, tmp_path, limit_val_batches=0)
     with pytest.raises(ValueError, match=r"Plateau monitors an unknown score 'val_glory'.* val_loss"):
         run(photos, tmp_path, "val_glory")
+
+
+def test_class_of_ones_own_may_log_a_score_later(photos: Path, tmp_path: Path) -> None:
+    model = Later(TinyBackbone(), 3, unfreeze_from="layer3")
+    stops = pl.callbacks.EarlyStopping("val_glory")
+    with pytest.warns(UserWarning, match="monitors an unknown score 'val_glory'.*in the validation that was tried"):
+        trainer(tmp_path, stops, max_epochs=1).fit(model, images(photos))
+    assert stops.best_score == 1

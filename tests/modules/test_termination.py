@@ -52,6 +52,30 @@ def terminated_in_the_sanity_check(world: int, photos: str, folder: str) -> int:
     return run.global_step
 
 
+def terminated_in_scoring(world: int, photos: str, folder: str) -> list[list[int]]:
+    """Tell one rank alone, with loaders that give all ranks equally many batches."""
+    ends = []
+    for doing in ("validate", "test", "predict"):
+        hook = f"on_{'validation' if doing == 'validate' else doing}_batch"
+        seen: list[int] = []
+
+        def tell(trainer: pl.Trainer, _: Any, batch: Any, number: int, *args: Any, seen: list[int] = seen) -> None:
+            seen.append(number)
+            if number == 1 and trainer.global_rank == 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        run = trainer(folder, pl.callbacks.LambdaCallback(**{f"{hook}_start": tell}), devices=world, strategy="ddp")
+        with pytest.raises(SIGTERMException):
+            getattr(run, doing)(classifier(), images(photos, batch_size=1))
+        ends.append(seen)
+    return ends
+
+
+def test_scoring_on_two_ranks(photos: Path, tmp_path: Path) -> None:
+    found = run_on_ranks(__name__, "terminated_in_scoring", tmp_path / "out", photos=str(photos), folder=str(tmp_path))
+    assert found == [[[0, 1]] * 3] * 2
+
+
 def test_sanity_check(photos: Path, tmp_path: Path) -> None:
     arguments: dict[str, Any] = {"photos": str(photos), "folder": str(tmp_path)}
     assert terminated_in_the_sanity_check(1, **arguments) == 0

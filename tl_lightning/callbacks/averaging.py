@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import WeightAveraging
+from lightning.pytorch.callbacks import ModelCheckpoint, WeightAveraging
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
@@ -35,8 +35,14 @@ class EMA(WeightAveraging):
         """Make the average, from the module as it is.
 
         Raises:
-            ValueError: The strategy shards the weights.
+            ValueError: The strategy shards the weights, or checkpoints hold weights alone.
         """
+        alone = [c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint) and c.save_weights_only]
+        if stage == "fit" and alone:
+            raise ValueError(
+                "ModelCheckpoint(save_weights_only=True) would save the weights of the last step under the score of their average: "
+                "leave it out beside EMA"
+            )
         if isinstance(trainer.strategy, (FSDPStrategy, ModelParallelStrategy)):
             raise ValueError(  # noqa: TRY004 - what is wrong is a choice of the user's
                 f"{type(trainer.strategy).__name__} shards the weights, which cannot be averaged: use strategy 'ddp'"
@@ -57,6 +63,7 @@ class EMA(WeightAveraging):
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Be the average also where the run that is resumed was complete."""
         if not self._begun and self._average_model is not None and handed_back(trainer) is None:
+            self.on_train_batch_end(trainer, pl_module, None, None, 0)  # the last step, if what is resumed lacks it
             self._copy_average_to_current(pl_module)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from tl_lightning.callbacks.staged_unfreezing import StagedUnfreezing
@@ -50,10 +51,15 @@ class ProbeFallback(Callback):
         """Make sure that there is a probe to fall back on.
 
         Raises:
-            ValueError: Nothing is unfrozen, or the backbone trains from the start, or nothing is validated.
+            ValueError: Nothing is unfrozen, or the backbone trains from the start, or nothing is validated, or the strategy
+                shards the weights.
         """
         if stage != "fit":
             return
+        if isinstance(trainer.strategy, ModelParallelStrategy):
+            raise ValueError(  # noqa: TRY004 - what is wrong is a choice of the user's
+                "ModelParallelStrategy shards the weights, so those of the probe cannot be put back: use strategy 'ddp'"
+            )
         self._forget()  # the probe of another run; that of a resumed one is loaded after this
         self._run = trainer.strategy.broadcast(uuid.uuid4().hex)
         if self._first_epoch(trainer, pl_module) in (None, 0):

@@ -185,6 +185,7 @@ class CachedFeaturesDataModule(ResumableDataModule):
 
     def setup(self, stage: str) -> None:
         """Look at the images before the run starts."""
+        super().setup(stage)
         self.images.trainer = self.trainer
         if self.images.preprocessing is None:
             self.images.preprocessing = self.network.preprocessing

@@ -1,5 +1,6 @@
 """A folder of images as training, validation, test and prediction data."""
 
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -87,7 +88,7 @@ class ImageFolderDataModule(ResumableDataModule):
         self.seed = run_seed() if seed is None else seed
         self.preprocessing = preprocessing
         self.contents = FolderContents(self.root, val_fraction, test_fraction, self.seed)
-        self._loaders: list[ImageLoader] = []
+        self._loaders: weakref.WeakSet[ImageLoader] = weakref.WeakSet()  # one that is no longer used ends its processes
         self._identities: dict[str, Tensor] = {}
 
     # What the folder holds ------------------------------------------------------------------------------------------
@@ -131,6 +132,7 @@ class ImageFolderDataModule(ResumableDataModule):
         Raises:
             ValueError: The preprocessing is missing, or what :attr:`splits` and :attr:`predict_files` raise.
         """
+        super().setup(stage)
         self._known_preprocessing()
         if stage == "predict":
             _ = self.predict_files
@@ -203,8 +205,9 @@ class ImageFolderDataModule(ResumableDataModule):
         read = ImageReader(self.root, files, self.background)
         dataset = ImageDataset(read, targets, transform, self.seed)
         batches = self.order(len(files), shuffle=shuffle)
-        self._loaders.append(ImageLoader(dataset, batches, num_workers=self.workers, pin_memory=on_gpu))
-        return self._loaders[-1]
+        loader = ImageLoader(dataset, batches, num_workers=self.workers, pin_memory=on_gpu)
+        self._loaders.add(loader)
+        return loader
 
     @property
     def workers(self) -> int:

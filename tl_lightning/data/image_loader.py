@@ -13,6 +13,7 @@ from typing import Protocol
 
 import torch
 import torch.distributed as dist
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
@@ -187,6 +188,7 @@ def load_by_threads(dataset: Dataset[_Sample], batches: Sequence[Sequence[object
     Yields:
         (n, 3, H, W), the images of each batch.
     """
+    Image.init()  # else threads would do it, and one could meet a list of formats that another has half filled
     with ThreadPoolExecutor() as threads:
         for keys in batches:
             yield collate(list(threads.map(dataset.__getitem__, keys))).inputs

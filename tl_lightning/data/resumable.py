@@ -56,6 +56,11 @@ class ResumableDataModule(LightningDataModule):
             loader.load_state_dict(self._resume_at)
         return loader
 
+    def setup(self, stage: str) -> None:
+        """Forget the place of another run, which may have been interrupted; that of a resumed one is loaded after this."""
+        if stage == "fit":
+            self._train_loader = self._resume_at = None
+
     def teardown(self, stage: str) -> None:
         """Forget the place of a checkpoint, which was that of one run."""
         self._resume_at = None

@@ -1,9 +1,17 @@
 """Whether a classifier fits its data and its trainer."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import EarlyStopping, LearningRateFinder, ModelCheckpoint, StochasticWeightAveraging
+from lightning.pytorch.callbacks import (
+    EarlyStopping,
+    GradientAccumulationScheduler,
+    LearningRateFinder,
+    ModelCheckpoint,
+    StochasticWeightAveraging,
+)
+from lightning.pytorch.utilities import rank_zero_warn
 
 from tl_lightning.batch import NamesClasses, Preprocesses
 from tl_lightning.features.together import from_all
@@ -59,7 +67,7 @@ def check_monitors(trainer: Trainer) -> None:
     """Make sure, once a validation has been tried, that it logs what callbacks go by.
 
     Raises:
-        ValueError: It does not.
+        ValueError: It does not, and no code of the user's could do it later.
     """
     names = sorted(trainer.callback_metrics)
     going_by: list[tuple[object, str | None]] = [
@@ -70,11 +78,13 @@ def check_monitors(trainer: Trainer) -> None:
     going_by += [(each.scheduler, each.monitor) for each in trainer.lr_scheduler_configs if each.reduce_on_plateau]
     own = type(trainer.lightning_module).__module__.partition(".")[0] != __name__.partition(".")[0]
     for what, monitor in going_by:
-        # A class of the user's may log other scores while it trains.
         if monitor is None or monitor in (*names, "train_loss"):
             continue
-        if monitor.startswith("val") or (f"val_{monitor}" in names and not own):
-            raise ValueError(f"{type(what).__name__} monitors an {unknown('score', monitor, names)}, and train_loss")
+        text = f"{type(what).__name__} monitors an {unknown('score', monitor, names)}, and train_loss"
+        if own and monitor.startswith("val"):  # a class of the user's may log others while it trains
+            rank_zero_warn(f"{text}, in the validation that was tried before training")
+        elif not own and (monitor.startswith("val") or f"val_{monitor}" in names):
+            raise ValueError(text)
 
 
 def check_checkpoint(trainer: Trainer) -> None:
@@ -91,6 +101,20 @@ def check_checkpoint(trainer: Trainer) -> None:
         )
 
 
+def name_for(data: object, checkpoint: dict[str, Any]) -> None:
+    """Let a data module take up the state of another class, as that of stored features of the same images.
+
+    Lightning gives it that of its own class alone, so that images would not be known as those that were trained on.
+
+    Args:
+        data: The data module at hand.
+        checkpoint: As it was read; it is changed.
+    """
+    for state in list(checkpoint.values()):
+        if isinstance(state, dict) and state.keys() == {"place", "images"}:
+            checkpoint.setdefault(type(data).__qualname__, state)
+
+
 def check_callbacks(trainer: Trainer) -> None:
     """Make sure that no callback of the trainer's undoes what the classifier does.
 
@@ -98,6 +122,11 @@ def check_callbacks(trainer: Trainer) -> None:
         ValueError: One does.
     """
     for callback in trainer.callbacks:  # type: ignore[attr-defined]  # Lightning's own list
+        if isinstance(callback, GradientAccumulationScheduler):
+            raise ValueError(  # noqa: TRY004 - what is wrong is a choice of the user's
+                "GradientAccumulationScheduler changes how many batches make a step, which neither the schedule of the learning "
+                "rates nor a resumed run can follow: give trainer.accumulate_grad_batches"
+            )
         if isinstance(callback, StochasticWeightAveraging):
             raise ValueError(  # noqa: TRY004 - what is wrong is a choice of the user's
                 "StochasticWeightAveraging computes the statistics of all batch norm anew, that of frozen layers too: use "

@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerStatus
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
@@ -30,9 +31,9 @@ from tl_lightning.modules.frozen_guard import FrozenGuard
 from tl_lightning.modules.metrics import MeanLoss
 from tl_lightning.modules.optimization import Optimized
 from tl_lightning.modules.plateau import StepOnPlateau
-from tl_lightning.modules.sharding import shard
+from tl_lightning.modules.sharding import save_whole, shard, take_up
 from tl_lightning.modules.staged import Staged
-from tl_lightning.modules.step_boundary import StepBoundary, finish_epoch
+from tl_lightning.modules.step_boundary import StepBoundary, count_steps, finish_epoch
 from tl_lightning.modules.termination import Termination
 
 
@@ -128,7 +129,7 @@ class TransferClassifier(Recorded, Staged, Optimized, Evaluated):
         if stage == "fit":
             checkpoints.check(self)  # again: parts may have been replaced since
             agreement.check_callbacks(self.trainer)
-            agreement.check_checkpoint(self.trainer)
+            save_whole(self.trainer.strategy)
         data = getattr(self.trainer, "datamodule", None)
         agreement.check_preprocessing(data, self.backbone.preprocessing)
         if stage != "predict":
@@ -144,6 +145,10 @@ class TransferClassifier(Recorded, Staged, Optimized, Evaluated):
         present = {type(callback) for callback in self.trainer.callbacks}  # type: ignore[attr-defined]  # Lightning's own list
         return [callback() for callback in (FrozenGuard, StepOnPlateau, Termination) if callback not in present]
 
+    def on_fit_start(self) -> None:
+        """Make sure that all ranks go on from the same checkpoint."""
+        agreement.check_checkpoint(self.trainer)
+
     def on_train_start(self) -> None:
         """Begin anew, though a fit before may have been interrupted within an epoch, or go on within the one that is resumed."""
         super().on_train_start()
@@ -153,9 +158,20 @@ class TransferClassifier(Recorded, Staged, Optimized, Evaluated):
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Draw dropout from the place in the run, so that a resumed run draws as an uninterrupted one."""
+        count_steps(self.trainer)
         self.staging.keep()
         self._boundary.begin(self.trainer, self, self.staging, self.train_loss)
         seed_torch(run_seed(), "step", self.trainer.global_step, batch_idx, self.trainer.global_rank)
+
+    def on_validation_start(self) -> None:
+        """Log by the steps behind, though a run was resumed."""
+        if self.trainer.state.fn == "fit":
+            count_steps(self.trainer)
+
+    def on_train_epoch_end(self) -> None:
+        """Log by the steps behind, though a run was resumed."""
+        super().on_train_epoch_end()
+        count_steps(self.trainer)
 
     def on_validation_end(self) -> None:
         """Look, before training, whether there are the scores that callbacks go by."""
@@ -195,13 +211,19 @@ class TransferClassifier(Recorded, Staged, Optimized, Evaluated):
         Raises:
             ValueError: The checkpoint's optimizer has other groups, since other stages may train.
         """
-        if self._trainer is None or self.trainer.state.fn != "fit":
+        if self._trainer is None:
+            return
+        agreement.name_for(getattr(self.trainer, "datamodule", None), checkpoint)
+        if self.trainer.state.fn != "fit":
             return
         place = checkpoint.get(checkpoints.KEY, {})
         self.check_resume(checkpoint.get("optimizer_states", []), place.get("total_steps"), place.get("used_lrs", {}))
+        self._boundary.take_up(checkpoint, place.get("train_loss", []))
+        if isinstance(self.trainer.strategy, ModelParallelStrategy):
+            for optimizer, saved in zip(self.trainer.optimizers, checkpoint["optimizer_states"], strict=True):
+                take_up(optimizer, saved)
         if self.trainer.max_steps != -1:
             finish_epoch(checkpoint)
-        self._boundary.take_up(checkpoint, place.get("train_loss", []))
 
     @classmethod
     def load_from_checkpoint(  # type: ignore[override]  # a checkpoint is enough: it takes no hyperparameters

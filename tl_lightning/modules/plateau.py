@@ -42,7 +42,8 @@ class StepOnPlateau(Callback):
         if trainer.state.fn != "fit" or trainer.sanity_checking:
             return
         self._validated = trainer.current_epoch
-        if trainer.fit_loop.epoch_loop.batch_progress.current.ready >= trainer.num_training_batches:
+        ends = trainer.fit_loop.epoch_loop.batch_progress.current.ready >= trainer.num_training_batches
+        if ends and self._stepped != trainer.current_epoch:  # else one that was interrupted after this is made up for
             self._step(trainer, of_training=False)
             self._stepped = trainer.current_epoch
 

@@ -1,13 +1,51 @@
 """Shard what trains over the processes of a ModelParallelStrategy."""
 
+from typing import Any
+
 import torch
 from lightning.pytorch import LightningModule
-from torch import nn
+from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.optim import Optimizer
 
 from tl_lightning.backbones import Segment, called_by
 from tl_lightning.freezing import HEAD, Staging
+
+
+def save_whole(strategy: Strategy) -> None:
+    """Let a ModelParallelStrategy write each checkpoint as one file, as all others do.
+
+    By its default it writes a folder with a part for each process, which is no classifier that could be loaded.
+    """
+    if isinstance(strategy, ModelParallelStrategy):
+        strategy._save_distributed_checkpoint = False
+
+
+def take_up(optimizer: Optimizer, saved: dict[str, Any]) -> None:
+    """Give an optimizer of sharded parameters the state that it had; on all ranks.
+
+    What loads checkpoints for ModelParallelStrategy leaves out the state of what does not train at that moment, and makes one
+    up for what does and had none (torch.distributed.checkpoint.state_dict, ``_split_optim_state_dict``, ``_init_optim_state``).
+
+    Args:
+        optimizer: Of the classifier.
+        saved: Its state in the checkpoint, whole.
+    """
+    for group, saved_group in zip(optimizer.param_groups, saved["param_groups"], strict=True):
+        for parameter, number in zip(group["params"], saved_group["params"], strict=True):
+            optimizer.state.pop(parameter, None)
+            if number in saved["state"]:
+                state = saved["state"][number]
+                optimizer.state[parameter] = {name: _as(parameter, value) for name, value in state.items()}
+
+
+def _as(parameter: Tensor, value: Any) -> Any:
+    if isinstance(parameter, DTensor) and isinstance(value, Tensor) and value.shape == parameter.shape:
+        return distribute_tensor(value.to(parameter.device), parameter.device_mesh, parameter.placements)
+    return value.clone() if isinstance(value, Tensor) else value
 
 
 def shard(classifier: LightningModule, staging: Staging, mesh: DeviceMesh) -> None:

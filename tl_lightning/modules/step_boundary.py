@@ -21,7 +21,7 @@ def finish_epoch(checkpoint: dict[str, Any]) -> None:
     loop = checkpoint["loops"]["fit_loop"]
     epochs = loop["epoch_progress"]
     now = epochs["current"]
-    if not now["ready"] == now["started"] == now["processed"] == now["completed"] + 1:
+    if not now["ready"] == now["started"] == now["processed"]:
         return
     for counts in (epochs["current"], epochs["total"]):
         counts["completed"] = counts["processed"]
@@ -38,8 +38,14 @@ def make_up(trainer: Trainer) -> None:
     if loop._should_check_val_fx(trainer.fit_loop._data_fetcher):
         loop.val_loop.restarting = False  # it has not begun
         loop.val_loop._restart_stage = evaluation_loop.RestartStage.RESTARTED_MID_EVALUATION
-    else:
-        loop._batches_that_stepped += not loop._should_accumulate()
+
+
+def count_steps(trainer: Trainer) -> None:
+    """Let scores be logged by the steps behind them, as in an uninterrupted run; Lightning counts one more, or one less."""
+    loop = trainer.fit_loop.epoch_loop
+    if trainer.lightning_module.automatic_optimization and not trainer.sanity_checking:
+        at_hand = trainer.validating and not loop._should_accumulate()  # a batch counts when what follows it is done
+        loop._batches_that_stepped = trainer.global_step - at_hand
 
 
 def _is_amid_validation(trainer: Trainer) -> bool:
@@ -163,7 +169,7 @@ class StepBoundary:
             Whether none of its batches is left.
         """
         loss.reset()
-        self._trained = None  # parts may have been replaced since another fit
+        self._trained, self._batch = None, (-1, -1)  # since parts may have been replaced after another fit
         resumed = len(self._so_far) == trainer.world_size
         if resumed:
             loss.go_on(torch.tensor(self._so_far[trainer.global_rank]))

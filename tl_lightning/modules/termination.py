@@ -8,13 +8,16 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+from tl_lightning.data.loader import EpochLoader
+
 
 class Termination(Callback):
     """Note SIGTERM, and end the run after the batch at hand, once any rank has been told.
 
     Lightning's own handler speaks to the other ranks from within the signal, wherever these are at that moment: their
     operations then meet each other's data, and one of them dies with an error instead of coming to its end (2.6.6,
-    ``_SignalConnector._sigterm_notifier_fn``). Here, the ranks agree between batches of a fit.
+    ``_SignalConnector._sigterm_notifier_fn``). Here, the ranks agree between batches; where other loaders than this library's
+    may give them different numbers of batches to score, each ends by itself.
     """
 
     def __init__(self) -> None:
@@ -52,7 +55,16 @@ class Termination(Callback):
         self._end(trainer)
 
     def _end(self, trainer: Trainer) -> None:
-        # Where nothing is trained, ranks may have different numbers of batches, so each one ends by itself.
-        training = trainer.state.fn == "fit"
-        if trainer.strategy.reduce_boolean_decision(self._asked, all=False) if training else self._asked:
+        if _in_step(trainer):
+            if trainer.strategy.reduce_boolean_decision(self._asked, all=False):
+                raise SIGTERMException
+        elif self._asked:
+            if trainer.strategy.launcher is not None:
+                trainer.strategy.launcher.kill(signal.SIGTERM)  # the processes that this one has started
             raise SIGTERMException
+
+
+def _in_step(trainer: Trainer) -> bool:
+    """Return whether all ranks have equally many batches: in training, and of this library's loaders."""
+    loader = getattr(trainer._active_loop, "_combined_loader", None)
+    return trainer.training or (loader is not None and all(isinstance(one, EpochLoader) for one in loader.flattened))
