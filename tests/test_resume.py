@@ -44,8 +44,13 @@ class Losses(pl.Callback):
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         loss = trainer.callback_metrics.get("train_loss")
-        step = trainer.fit_loop.epoch_loop._batches_that_stepped
-        self.train[trainer.current_epoch] = math.nan if loss is None else float(loss), step
+        self.train[trainer.current_epoch] = math.nan if loss is None else float(loss), -1
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        for epoch in [*self.train][-1:]:  # by now, what is logged at its end has been
+            self.train[epoch] = self.train[epoch][0], trainer.fit_loop.epoch_loop._batches_that_stepped
+
+    on_train_end = on_train_epoch_start
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if not trainer.sanity_checking:

@@ -61,6 +61,14 @@ class ServesViews(Protocol):
 
 
 @runtime_checkable
+class KeepsInStep(Protocol):
+    """Whatever serves all ranks equally many batches: a loader, for those who let the ranks agree after each."""
+
+    in_step: bool
+    """Whether it does."""
+
+
+@runtime_checkable
 class RunsFrom(Protocol):
     """Whatever can go on from what a part of its network made: a module, for the data module that stores it."""
 

@@ -19,6 +19,9 @@ class EpochLoader(ABC):
         batches: The order.
     """
 
+    in_step = True
+    """All ranks get equally many batches."""
+
     def __init__(self, batches: EpochBatches) -> None:
         self.sampler = self.batch_sampler = batches  # where Lightning looks for set_epoch, and for shuffling
         self._consumed, self._epoch = 0, 0

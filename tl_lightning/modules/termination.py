@@ -8,7 +8,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from tl_lightning.data.loader import EpochLoader
+from tl_lightning.batch import KeepsInStep
 
 
 class Termination(Callback):
@@ -67,4 +67,5 @@ class Termination(Callback):
 def _in_step(trainer: Trainer) -> bool:
     """Return whether all ranks have equally many batches: in training, and of this library's loaders."""
     loader = getattr(trainer._active_loop, "_combined_loader", None)
-    return trainer.training or (loader is not None and all(isinstance(one, EpochLoader) for one in loader.flattened))
+    loaders = [] if loader is None else loader.flattened
+    return trainer.training or (bool(loaders) and all(isinstance(one, KeepsInStep) and one.in_step for one in loaders))
