@@ -155,6 +155,20 @@ def test_no_images(tmp_path: Path) -> None:
         data(tmp_path).setup("predict")
 
 
+def test_files_passed_over_are_counted(tmp_path: Path) -> None:
+    root = image_folder(tmp_path, {"ant": 3, "bee": 3})
+    for name in ("ant/a.HEIC", "ant/b.heic", "bee/notes", "bee/Thumbs.db", "bee/.DS_Store", "labels.csv"):
+        (root / name).touch()
+    with pytest.warns(UserWarning, match=r"passed over: 2 \.heic, 1 without an ending; convert"):
+        _ = data(root).splits
+    with pytest.warns(UserWarning, match=r"passed over: 2 \.heic, 1 \.csv, 1 without an ending; convert"):
+        assert len(data(root).predict_files) == 6
+    image_folder(tmp_path, {"cat": 1})
+    (root / "cat" / "000.png").rename(root / "cat" / "000.heic")
+    with pytest.raises(ValueError, match=r"'.*cat' holds no images .*, but 3 \.heic, 1 without an ending; add images"):
+        _ = data(root).splits
+
+
 def test_class_that_train_does_not_know(tmp_path: Path) -> None:
     image_folder(tmp_path / "train", {"ant": 3, "bee": 3})
     image_folder(tmp_path / "val", {"ant": 3, "bees": 3})

@@ -1,7 +1,10 @@
 """What a folder of images holds: classes, splits and images."""
 
 import functools
+from collections import Counter
 from pathlib import Path
+
+from lightning.pytorch.utilities import rank_zero_warn
 
 from tl_lightning.data import folder as folders
 from tl_lightning.data.folder import Samples
@@ -51,12 +54,16 @@ class FolderContents:
         """
         root, names = folders.check_root(self.root), self.class_names
         given = folders.split_folders(root)
+        others: Counter[str] = Counter()
         if not given and self.test_fraction == 1:
-            return {"test": folders.find_samples(root, root, names, complete=False)}
+            found = {"test": folders.find_samples(root, root, names, others, complete=False)}
+            self._warn_of(others)
+            return found
         found = {
-            split: folders.find_samples(root, folder, names, complete=split == folders.TRAIN)
+            split: folders.find_samples(root, folder, names, others, complete=split == folders.TRAIN)
             for split, folder in (given or {folders.TRAIN: root}).items()
         }
+        self._warn_of(others)
         if folders.TRAIN not in found:
             return found
         fractions = {}
@@ -87,7 +94,18 @@ class FolderContents:
             ValueError: There are no images.
         """
         root = folders.check_root(self.root)
-        files = sorted(folders.find_images(root, root))
+        others: Counter[str] = Counter()
+        files = sorted(folders.find_images(root, root, others))
         if not files:
-            raise ValueError(f"{str(root)!r} holds no images to predict ({', '.join(sorted(SUFFIXES))})")
+            kinds = f", but {folders.describe_kinds(others)}" if others else ""
+            raise ValueError(f"{str(root)!r} holds no images to predict ({', '.join(sorted(SUFFIXES))}){kinds}")
+        self._warn_of(others)
         return files
+
+    def _warn_of(self, others: Counter[str]) -> None:
+        """Name the files that are not taken for images: they may be photos of a kind that cannot be read."""
+        if others:
+            rank_zero_warn(
+                f"{str(self.root)!r} holds files that are not taken for images, and are passed over: "
+                f"{folders.describe_kinds(others)}; convert those that are images to one of {', '.join(sorted(SUFFIXES))}"
+            )

@@ -1,6 +1,7 @@
 """Find the images and classes of a folder, and split them."""
 
 import os
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -29,14 +30,15 @@ class Samples(NamedTuple):
     """Class number of each file."""
 
 
-def find_images(root: Path, folder: Path) -> Iterator[str]:
+def find_images(root: Path, folder: Path, others: Counter[str]) -> Iterator[str]:
     """Find the images below a folder, in the same order on every machine.
 
-    Hidden files and folders, and those that archives leave behind, are passed over.
+    Hidden files and folders, and those that archives and file managers leave behind, are passed over.
 
     Args:
         root: What the paths are relative to, and what they may not lead out of.
         folder: Where to look: ``root`` or a folder in it.
+        others: Counts, by their ending, the files that are not taken for images.
 
     Yields:
         Paths relative to ``root``, ``/``-separated.
@@ -49,8 +51,22 @@ def find_images(root: Path, folder: Path) -> Iterator[str]:
         for name in folders:
             _no_link(Path(path, name))
         for name in sorted(files):
-            if not is_hidden(name) and Path(name).suffix.lower() in SUFFIXES:
+            suffix = Path(name).suffix.lower()
+            if is_hidden(name):
+                continue
+            if suffix not in SUFFIXES:
+                others[suffix] += 1
+            else:
                 yield _inside(root, Path(path, name)).relative_to(root).as_posix()
+
+
+def describe_kinds(others: Counter[str]) -> str:
+    """List how many files there are of each ending."""
+    return ", ".join(f"{count:,} {suffix or 'without an ending'}" for suffix, count in others.most_common())
+
+
+def _but(others: Counter[str]) -> str:
+    return f", but {describe_kinds(others)}" if others else ""
 
 
 def _inside(root: Path, entry: Path) -> Path:
@@ -65,8 +81,8 @@ def _inside(root: Path, entry: Path) -> Path:
 
 
 def is_hidden(name: str) -> bool:
-    """Return whether a file or folder is none of the user's own: ``.ipynb_checkpoints``, ``__MACOSX``, ``@eaDir``."""
-    return name.startswith(".") or name in ("__MACOSX", "@eaDir")
+    """Return whether a file or folder is none of the user's own: ``.ipynb_checkpoints``, ``__MACOSX``, ``Thumbs.db``."""
+    return name.startswith(".") or name in ("__MACOSX", "@eaDir", "Thumbs.db", "desktop.ini")
 
 
 def check_root(root: Path) -> Path:
@@ -132,13 +148,16 @@ def class_folders(folder: Path) -> list[str]:
     return names
 
 
-def find_samples(root: Path, folder: Path, class_names: Sequence[str], *, complete: bool) -> Samples:
+def find_samples(
+    root: Path, folder: Path, class_names: Sequence[str], others: Counter[str], *, complete: bool
+) -> Samples:
     """Find the labelled images of a folder of class folders.
 
     Args:
         root: What the paths are relative to.
         folder: Holds the class folders; ``root``, or one of its split folders.
         class_names: The classes, in the order of their numbers.
+        others: Counts, by their ending, the files that are not taken for images.
         complete: Every class folder must hold an image.
 
     Raises:
@@ -154,17 +173,17 @@ def find_samples(root: Path, folder: Path, class_names: Sequence[str], *, comple
     files: list[str] = []
     targets: list[int] = []
     for target, name in enumerate(class_names):
-        images = list(find_images(root, folder / name)) if name in here else []
+        images = list(find_images(root, folder / name, others)) if name in here else []
         if not images and complete and name in here:
             raise ValueError(
-                f"the class folder {str(folder / name)!r} holds no images ({', '.join(sorted(SUFFIXES))}); add images, or "
-                "remove the folder"
+                f"the class folder {str(folder / name)!r} holds no images ({', '.join(sorted(SUFFIXES))})"
+                f"{_but(others)}; add images, or remove the folder"
             )
         files += images
         targets += [target] * len(images)
     if not files:
         raise ValueError(
-            f"{str(folder)!r} holds no images in folders named after classes ({', '.join(sorted(SUFFIXES))})"
+            f"{str(folder)!r} holds no images in folders named after classes ({', '.join(sorted(SUFFIXES))}){_but(others)}"
         )
     return Samples(files, targets)
 
