@@ -260,6 +260,32 @@ def test_interrupted_at_any_moment(
     assert {at: what for at, what in other.items() if what} == {}
 
 
+class StopWithin(pl.Callback):
+    """Tell the trainer to stop within the second epoch, as a limit of time does."""
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        trainer.should_stop = trainer.fit_loop.epoch_loop.batch_progress.total.ready == trainer.num_training_batches + 1
+
+
+@pytest.mark.parametrize("every", [1, 2], ids=["plain", "accumulated"])
+@pytest.mark.parametrize("by", ["steps", "time"])
+def test_run_that_ended_within_an_epoch_goes_on_there(by: str, every: int, photos: Path, tmp_path: Path) -> None:
+    def fit(resume: Path | None, *callbacks: pl.Callback, **options: Any) -> tuple[str, pl.Trainer]:
+        plateau = partial(Plateau, monitor="train_loss", patience=0, threshold=1.0, factor=0.5)
+        model = classifier(lr=0.05, train_bn=True, scheduler=plateau)
+        run = trainer(tmp_path, *callbacks, **({"max_epochs": 3, "accumulate_grad_batches": every} | options))
+        run.fit(model, images(photos, batch_size=6), ckpt_path=resume, weights_only=True)
+        return fingerprint(model.state_dict()), run
+
+    whole, _ = fit(None)
+    last = ModelCheckpoint(tmp_path, "last", save_on_train_epoch_end=True)
+    limits = {"max_steps": 6 // every} if by == "steps" else {}
+    _, ended = fit(None, last, *([] if limits else [StopWithin()]), enable_checkpointing=True, **limits)
+    assert 0 < ended.fit_loop.epoch_loop.batch_progress.current.ready < ended.num_training_batches
+    ended.save_checkpoint(tmp_path / "after.ckpt")
+    assert [fit(tmp_path / name)[0] for name in ("last.ckpt", "after.ckpt")] == [whole] * 2
+
+
 def test_chance_is_really_in_the_run(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Else the tests above would show nothing: another seed gives other weights, and so does each source of chance."""
     model, *_ = fit(str(photos), tmp_path / "a")

@@ -48,7 +48,9 @@ class StepOnPlateau(Callback):
             self._stepped = trainer.current_epoch
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Step the schedule, if no validation has done so."""
+        """Step the schedule, if no validation has done so, and the epoch has not been cut short by a limit of the run."""
+        if not trainer.fit_loop.epoch_loop._num_ready_batches_reached():
+            return
         self._step(trainer, of_training=True)
         if self._validated == trainer.current_epoch != self._stepped:
             self._step(trainer, of_training=False)
