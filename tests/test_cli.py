@@ -628,6 +628,9 @@ def test_two_runs_never_share_a_folder(tmp_path: Path) -> None:
         claim_folder(tmp_path / "file")
     with pytest.raises(OSError, match=r"file/runs', where no folder can be made \(Not a directory\); give another"):
         claim_folder(tmp_path / "file" / "runs")
+    (tmp_path / "link").symlink_to(tmp_path / "not mounted" / "runs")
+    with pytest.raises(OSError, match=r"default_root_dir is .*link.*, where no folder can be made \(File exists\)"):
+        claim_folder(tmp_path / "link")
 
 
 def test_newest_run_with_a_checkpoint_is_found(tmp_path: Path) -> None:

@@ -31,13 +31,18 @@ pytestmark = pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_p
 class Losses(pl.Callback):
     """Note the loss of each epoch's training, and of each validation, by the number of batches behind it.
 
-    With each goes the step by which it is logged.
+    With each goes the step by which it is logged, as with each batch that is begun.
     """
 
     def __init__(self) -> None:
         self.max_steps = -1
         self.train: dict[int, tuple[float, int]] = {}
         self.val: dict[int, tuple[float, int]] = {}
+        self.begun: dict[int, int] = {}
+
+    def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
+        loop = trainer.fit_loop.epoch_loop
+        self.begun[loop.total_batch_idx] = loop._batches_that_stepped
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.max_steps = trainer.max_steps
@@ -67,7 +72,9 @@ class Losses(pl.Callback):
         train = {epoch: loss for epoch, loss in whole.train.items() if epoch >= epochs["processed"]}
         after = batches["ready"] - (batches["ready"] > batches["completed"])  # else it was validated already
         val = {batch: loss for batch, loss in whole.val.items() if batch >= after}
-        return "" if (self.train, self.val) == (train, val) else f"{self.train} {self.val} for {train} {val}"
+        begun = {batch: step for batch, step in whole.begun.items() if batch >= batches["ready"]}
+        found, expected = (self.train, self.val, self.begun), (train, val, begun)
+        return "" if found == expected else f"{found} for {expected}"
 
 
 def fit(

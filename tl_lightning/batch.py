@@ -53,6 +53,14 @@ class Preprocesses(Protocol):
 
 
 @runtime_checkable
+class IdentifiesImages(Protocol):
+    """Whatever knows images again: a data module, for the module that must not be scored on what it was trained on."""
+
+    def identify(self, split: str) -> Tensor:
+        """Return a number for each image of a split (N,), int64."""
+
+
+@runtime_checkable
 class ServesViews(Protocol):
     """Whatever serves augmented views in turn: a data module, for the module that sees each image once."""
 

@@ -26,9 +26,9 @@ def claim_folder(root: Path) -> Path:
             return folder  # only the first process writes
         try:
             folder.mkdir(parents=True)
-        except FileExistsError:
-            continue  # another run was faster
         except OSError as error:
+            if isinstance(error, FileExistsError) and root.is_dir():
+                continue  # another run was faster
             raise OSError(
                 f"trainer.default_root_dir is {str(root)!r}, where no folder can be made ({error.strerror}); give another"
             ) from error

@@ -1,6 +1,7 @@
 import gc
 import multiprocessing
 import os
+import pickle
 import shutil
 from collections import Counter
 from pathlib import Path
@@ -312,7 +313,7 @@ def fit_on(module: pl.LightningDataModule, folder: Path) -> Path:
     return folder / "a.ckpt"
 
 
-def run_test(checkpoint: Path, module: ImageFolderDataModule) -> None:
+def run_test(checkpoint: Path, module: pl.LightningDataModule) -> None:
     trainer = pl.Trainer(logger=False, enable_progress_bar=False, enable_checkpointing=False)
     trainer.test(LinearProbe(TinyBackbone(), num_classes=3), module, ckpt_path=checkpoint, verbose=False)
 
@@ -342,6 +343,21 @@ def test_testing_on_images_trained_on_is_refused(photos: Path, tmp_path: Path) -
         run_test(checkpoint, data(photos, seed=1, test_fraction=0.4))
 
 
+def test_validation_drawn_from_a_training_folder_is_checked(photos: Path, tmp_path: Path) -> None:
+    shutil.copytree(photos, tmp_path / "photos" / "train")
+    checkpoint = trained(tmp_path / "photos", tmp_path, seed=1)
+    with pytest.raises(ValueError, match="would count as unseen: the split was drawn from seed 1 then and from 2 now"):
+        trainer(tmp_path).validate(
+            LinearProbe(TinyBackbone(), num_classes=3), data(tmp_path / "photos", seed=2), ckpt_path=checkpoint
+        )
+
+
+def test_data_module_may_be_handed_to_another_process(photos: Path) -> None:
+    module = data(photos)
+    module.setup("fit")
+    assert pickle.loads(pickle.dumps(module)).splits == module.splits  # noqa: S301 - our own
+
+
 def test_images_trained_on_are_known_whatever_serves_them(photos: Path, tmp_path: Path) -> None:
     class Mine(ImageFolderDataModule):
         pass
@@ -353,6 +369,21 @@ def test_images_trained_on_are_known_whatever_serves_them(photos: Path, tmp_path
             run_test(checkpoint, serves(str(photos), preprocessing=TINY, seed=1))
             with pytest.raises(ValueError, match="would count as unseen: the split was drawn from seed 1"):
                 run_test(checkpoint, serves(str(photos), preprocessing=TINY, seed=2))
+        run_test(checkpoint, OwnData(photos))
+
+
+class OwnData(pl.LightningDataModule):
+    """A user's own, with a state of its own."""
+
+    def __init__(self, photos: Path) -> None:
+        super().__init__()
+        self.images = data(photos)
+
+    def test_dataloader(self) -> object:
+        return self.images.test_dataloader()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        _ = state_dict["position"]
 
 
 @pytest.mark.parametrize("change", ["removed", "added", "renamed"])

@@ -88,7 +88,7 @@ class ImageFolderDataModule(ResumableDataModule):
         self.seed = run_seed() if seed is None else seed
         self.preprocessing = preprocessing
         self.contents = FolderContents(self.root, val_fraction, test_fraction, self.seed)
-        self._loaders: weakref.WeakSet[ImageLoader] = weakref.WeakSet()  # one that is no longer used ends its processes
+        self._loaders: list[weakref.ref[ImageLoader]] = []  # weak, since one that is no longer used ends its processes
         self._identities: dict[str, Tensor] = {}
 
     # What the folder holds ------------------------------------------------------------------------------------------
@@ -165,8 +165,9 @@ class ImageFolderDataModule(ResumableDataModule):
 
     def teardown(self, stage: str) -> None:
         """End the processes that load images."""
-        for loader in self._loaders:
-            loader.close()
+        for loader in [reference() for reference in self._loaders]:
+            if loader is not None:
+                loader.close()
         self._loaders.clear()
         super().teardown(stage)
 
@@ -206,7 +207,7 @@ class ImageFolderDataModule(ResumableDataModule):
         dataset = ImageDataset(read, targets, transform, self.seed)
         batches = self.order(len(files), shuffle=shuffle)
         loader = ImageLoader(dataset, batches, num_workers=self.workers, pin_memory=on_gpu)
-        self._loaders.add(loader)
+        self._loaders.append(weakref.ref(loader))
         return loader
 
     @property

@@ -176,7 +176,9 @@ def load_in_order(dataset: Dataset[_Sample], batches: Sequence[Sequence[object]]
 
 
 def load_by_threads(dataset: Dataset[_Sample], batches: Sequence[Sequence[object]]) -> Iterator[Tensor]:
-    """Load images as :func:`load_in_order` does, by threads of this process and each batch when it is asked for.
+    """Load images as :func:`load_in_order` does, by threads of this process, as many as the network has.
+
+    Each batch is loaded when it is asked for.
 
     Where the network runs on the same cores, worker processes that load ahead take them from it: it then waits at each of
     its operations for the thread that was put off, and a pass over images took a quarter longer on two cores.
@@ -189,7 +191,7 @@ def load_by_threads(dataset: Dataset[_Sample], batches: Sequence[Sequence[object
         (n, 3, H, W), the images of each batch.
     """
     Image.init()  # else threads would do it, and one could meet a list of formats that another has half filled
-    with ThreadPoolExecutor() as threads:
+    with ThreadPoolExecutor(torch.get_num_threads()) as threads:
         for keys in batches:
             yield collate(list(threads.map(dataset.__getitem__, keys))).inputs
 

@@ -24,7 +24,7 @@ class Provenance(TypedDict):
     seed: int
     """Seed of the split."""
     drawn: bool
-    """Whether the split was drawn, rather than given by folders."""
+    """Whether images were drawn from among those for training, for validation at least, rather than all given by folders."""
     each: Tensor
     """What :func:`identify` says of the training images."""
 
@@ -62,7 +62,13 @@ def describe_training_images(root: Path, splits: Mapping[str, Samples], seed: in
     train = splits[TRAIN].files if TRAIN in splits else []
     every = sorted(file for samples in splits.values() for file in samples.files)
     hashes = [hashlib.sha256("\n".join(files).encode(errors="surrogateescape")).hexdigest() for files in (every, train)]
-    return {"images": hashes[0], "train": hashes[1], "seed": seed, "drawn": not split_folders(root), "each": each}
+    return {
+        "images": hashes[0],
+        "train": hashes[1],
+        "seed": seed,
+        "drawn": "val" not in split_folders(root),
+        "each": each,
+    }
 
 
 def check_resumed_images(then: Provenance, now: Provenance, root: Path) -> None:

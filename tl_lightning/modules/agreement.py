@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import (
 )
 from lightning.pytorch.utilities import rank_zero_warn
 
-from tl_lightning.batch import NamesClasses, Preprocesses
+from tl_lightning.batch import IdentifiesImages, NamesClasses, Preprocesses
 from tl_lightning.features.together import from_all
 from tl_lightning.messages import unknown
 from tl_lightning.transforms import Preprocessing
@@ -110,8 +110,10 @@ def name_for(data: object, checkpoint: dict[str, Any]) -> None:
         data: The data module at hand.
         checkpoint: As it was read; it is changed.
     """
+    if not isinstance(data, IdentifiesImages):
+        return
     for state in list(checkpoint.values()):
-        if isinstance(state, dict) and state.keys() == {"place", "images"}:
+        if isinstance(state, dict) and state.keys() >= {"place", "images"}:
             checkpoint.setdefault(type(data).__qualname__, state)
 
 

@@ -31,7 +31,7 @@ from tl_lightning.modules.frozen_guard import FrozenGuard
 from tl_lightning.modules.metrics import MeanLoss
 from tl_lightning.modules.optimization import Optimized
 from tl_lightning.modules.plateau import StepOnPlateau
-from tl_lightning.modules.sharding import save_whole, shard, take_up
+from tl_lightning.modules.sharding import prepare, shard, take_up
 from tl_lightning.modules.staged import Staged
 from tl_lightning.modules.step_boundary import StepBoundary, count_steps, finish_epoch
 from tl_lightning.modules.termination import Termination
@@ -126,10 +126,10 @@ class TransferClassifier(Recorded, Staged, Optimized, Evaluated):
         """
         if self.trainer.strategy.root_device.type == "cpu":
             keep_freed_memory()
+        prepare(self.trainer.strategy, stage)
         if stage == "fit":
             checkpoints.check(self)  # again: parts may have been replaced since
             agreement.check_callbacks(self.trainer)
-            save_whole(self.trainer.strategy)
         data = getattr(self.trainer, "datamodule", None)
         agreement.check_preprocessing(data, self.backbone.preprocessing)
         if stage != "predict":
@@ -155,6 +155,7 @@ class TransferClassifier(Recorded, Staged, Optimized, Evaluated):
         if self._boundary.go_on(self.trainer, self.train_loss):
             self.train_loss.update(torch.zeros((), device=self.device), 0)
             self._log_loss()  # since no batch is left to do it
+        count_steps(self.trainer, starts=True)
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Draw dropout from the place in the run, so that a resumed run draws as an uninterrupted one."""

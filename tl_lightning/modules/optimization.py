@@ -49,6 +49,9 @@ class Optimized(LightningModule):
             )
         groups = self.parameter_groups()
         self._check_groups(groups)
+        places = {id(parameter): place for place, parameter in enumerate(self.parameters())}
+        for group in groups:  # in the order in which the state of sharded parameters is saved
+            group["params"] = sorted(group["params"], key=lambda parameter: places[id(parameter)])
         optimizer = optim.build_optimizer(groups, self.optimizer)
         self.used_lrs = {}
         optimizer.register_step_post_hook(lambda optimizer, *_: self._note_rates(optimizer))

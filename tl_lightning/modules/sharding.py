@@ -15,13 +15,16 @@ from tl_lightning.backbones import Segment, called_by
 from tl_lightning.freezing import HEAD, Staging
 
 
-def save_whole(strategy: Strategy) -> None:
-    """Let a ModelParallelStrategy write each checkpoint as one file, as all others do.
+def prepare(strategy: Strategy, stage: str) -> None:
+    """Let a ModelParallelStrategy write each checkpoint as one file, and score any of them, as all others do.
 
-    By its default it writes a folder with a part for each process, which is no classifier that could be loaded.
+    By its default it writes a folder with a part for each process, which is no classifier that could be loaded. And what is
+    to be scored after a fit it reads into the optimizer as well, which fails where other parts train by then.
     """
     if isinstance(strategy, ModelParallelStrategy):
         strategy._save_distributed_checkpoint = False
+        if stage != "fit":
+            strategy._reset_optimizers_and_schedulers()
 
 
 def take_up(optimizer: Optimizer, saved: dict[str, Any]) -> None:
@@ -39,13 +42,20 @@ def take_up(optimizer: Optimizer, saved: dict[str, Any]) -> None:
             optimizer.state.pop(parameter, None)
             if number in saved["state"]:
                 state = saved["state"][number]
-                optimizer.state[parameter] = {name: _as(parameter, value) for name, value in state.items()}
+                counts = () if group.get("fused") or group.get("capturable") else ("step",)
+                optimizer.state[parameter] = {
+                    name: value if name in counts else _as(parameter, value) for name, value in state.items()
+                }
 
 
 def _as(parameter: Tensor, value: Any) -> Any:
-    if isinstance(parameter, DTensor) and isinstance(value, Tensor) and value.shape == parameter.shape:
-        return distribute_tensor(value.to(parameter.device), parameter.device_mesh, parameter.placements)
-    return value.clone() if isinstance(value, Tensor) else value
+    """Return a part of an optimizer's state where torch has it: all but the count of steps, which most keep on the CPU."""
+    if not isinstance(value, Tensor):
+        return value
+    value = value.to(parameter.device)
+    if isinstance(parameter, DTensor) and value.shape == parameter.shape:
+        return distribute_tensor(value, parameter.device_mesh, parameter.placements)
+    return value
 
 
 def shard(classifier: LightningModule, staging: Staging, mesh: DeviceMesh) -> None:

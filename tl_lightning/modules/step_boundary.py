@@ -40,12 +40,20 @@ def make_up(trainer: Trainer) -> None:
         loop.val_loop._restart_stage = evaluation_loop.RestartStage.RESTARTED_MID_EVALUATION
 
 
-def count_steps(trainer: Trainer) -> None:
-    """Let scores be logged by the steps behind them, as in an uninterrupted run; Lightning counts one more, or one less."""
+def count_steps(trainer: Trainer, *, starts: bool = False) -> None:
+    """Let scores be logged by the steps behind them, as in an uninterrupted run; Lightning counts one more, or one less.
+
+    A batch counts when the validation that follows it is done, or has been skipped since the run was resumed behind it.
+
+    Args:
+        trainer: In a fit.
+        starts: The run starts, or is resumed.
+    """
     loop = trainer.fit_loop.epoch_loop
-    if trainer.lightning_module.automatic_optimization and not trainer.sanity_checking:
-        at_hand = trainer.validating and not loop._should_accumulate()  # a batch counts when what follows it is done
-        loop._batches_that_stepped = trainer.global_step - at_hand
+    fetcher = trainer.fit_loop._data_fetcher
+    if trainer.lightning_module.automatic_optimization and not trainer.sanity_checking and fetcher is not None:
+        follows = trainer.validating or (starts and loop.restarting and loop._should_check_val_fx(fetcher))
+        loop._batches_that_stepped = trainer.global_step - (follows and not loop._should_accumulate())
 
 
 def _is_amid_validation(trainer: Trainer) -> bool:
@@ -117,7 +125,9 @@ class StepBoundary:
         progress = fit["epoch_loop.batch_progress"]
         epochs = trainer.fit_loop.epoch_progress.current
         if now.ready > 0 and epochs.ready == epochs.processed and not epoch_loop._num_ready_batches_reached():  # type: ignore[attr-defined]  # so has an epoch's
-            for counts in fit["epoch_progress"].values():  # a limit of steps or time ended the epoch, whose rest is to come
+            for counts in fit[
+                "epoch_progress"
+            ].values():  # a limit of steps or time ended the epoch, whose rest is to come
                 counts["processed"] = counts["started"] - 1
                 counts["completed"] = min(counts["completed"], counts["processed"])
         if extra == 0 and not within:
