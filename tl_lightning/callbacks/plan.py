@@ -91,8 +91,8 @@ def _stages(trainer: Trainer, classifier: TransferClassifier) -> dict[str, str]:
     def describe(chosen: Iterable[str]) -> str:
         chosen = [name for name in names if name in set(chosen)]
         if not chosen:
-            return f"head: {head:,} parameters"
-        return f"head: {head:,} parameters; {_span(chosen, names)}: {_size(classifier, chosen)}"
+            return f"head: {_count(head, 'parameter')}"
+        return f"head: {_count(head, 'parameter')}; {_span(chosen, names)}: {_size(classifier, chosen)}"
 
     rows = {}
     ever = _ever_trained(trainer, classifier)

@@ -11,6 +11,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from tl_lightning.callbacks.staged_unfreezing import StagedUnfreezing
+from tl_lightning.messages import short_path
 from tl_lightning.modules import TransferClassifier
 from tl_lightning.modules import checkpoint as checkpoints
 
@@ -138,7 +139,7 @@ class ProbeFallback(Callback):
         pl_module.load_state_dict(saved["state_dict"])
         self.handed_back = True
         rank_zero_warn(
-            f"{compared}: the probe's weights are handed back. Use {self.path(trainer)}; last.ckpt is what fine-tuning ended "
+            f"{compared}: the probe's weights are handed back. Use {short_path(self.path(trainer))}; last.ckpt is what fine-tuning ended "
             "with. Lower backbone_lr or train fewer stages"
         )
 

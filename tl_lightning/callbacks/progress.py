@@ -2,15 +2,27 @@
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import RichProgressBar
+from lightning.pytorch.callbacks.progress.rich_progress import BatchesProcessedColumn, CustomBarColumn
+from rich.progress import ProgressColumn, TextColumn, TimeRemainingColumn
 
 
 class Progress(RichProgressBar):
-    """Lightning's rich progress bar, without the number of the run among the metrics."""
+    """Lightning's rich progress bar in few words, so that it stays one line where a terminal is 80 characters wide."""
+
+    def configure_columns(self, trainer: Trainer) -> list[ProgressColumn]:
+        """Return what is shown before the metrics."""
+        theme = self.theme
+        return [
+            TextColumn("[progress.description]{task.description}"),
+            CustomBarColumn(10, complete_style=theme.progress_bar, finished_style=theme.progress_bar_finished),
+            BatchesProcessedColumn(style=theme.batch_progress),
+            TimeRemainingColumn(compact=True, elapsed_when_finished=True),
+        ]
 
     def get_metrics(
         self, trainer: Trainer, pl_module: LightningModule
     ) -> dict[str, int | str | float | dict[str, float]]:
-        """Return the metrics to show."""
+        """Return the metrics to show, without the number of the run."""
         metrics = super().get_metrics(trainer, pl_module)
         metrics.pop("v_num", None)
-        return metrics
+        return {name.replace("accuracy", "acc").replace("train_loss", "loss"): value for name, value in metrics.items()}
