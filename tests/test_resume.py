@@ -245,8 +245,15 @@ class SaveWithinEachBatch(pl.Callback):
             partial(torch.optim.lr_scheduler.StepLR, step_size=1, gamma=0.5),
             42,
         ),
+        (
+            {"limit_train_batches": 3, "check_val_every_n_epoch": 2},
+            False,
+            partial(torch.optim.lr_scheduler.StepLR, step_size=1, gamma=0.5),
+            34,
+        ),
+        ({"val_check_interval": 1, "limit_train_batches": 3}, False, None, 44),
     ],
-    ids=["plain", "averaged", "own schedule"],
+    ids=["plain", "averaged", "own schedule", "limited", "validated after each batch"],
 )
 def test_interrupted_at_any_moment(
     options: dict[str, Any], average: bool, scheduler: Any, checkpoints: int, photos: Path, tmp_path: Path

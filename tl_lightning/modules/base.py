@@ -170,9 +170,10 @@ class TransferClassifier(Recorded, Staged, Optimized, Evaluated):
             count_steps(self.trainer)
 
     def on_train_epoch_end(self) -> None:
-        """Log by the steps behind, though a run was resumed."""
+        """Log by the steps behind, though a run was resumed, and begin the next epoch anew."""
         super().on_train_epoch_end()
         count_steps(self.trainer)
+        self.trainer.fit_loop.epoch_loop.restarting = False  # where no batch was left, nothing else has said so
 
     def on_validation_end(self) -> None:
         """Look, before training, whether there are the scores that callbacks go by."""

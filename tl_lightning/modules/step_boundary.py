@@ -32,12 +32,14 @@ def finish_epoch(checkpoint: dict[str, Any]) -> None:
 
 
 def make_up(trainer: Trainer) -> None:
-    """Do what follows on the batch that a resumed run begins behind: a validation, if one is due."""
+    """Do what follows on the batch that a resumed run begins behind: a validation, if one is due, or the epoch's end."""
     loop = trainer.fit_loop.epoch_loop
     assert trainer.fit_loop._data_fetcher is not None  # noqa: S101 - training has begun
     if loop._should_check_val_fx(trainer.fit_loop._data_fetcher):
         loop.val_loop.restarting = False  # it has not begun
         loop.val_loop._restart_stage = evaluation_loop.RestartStage.RESTARTED_MID_EVALUATION
+    else:
+        loop.val_loop._has_run = True  # else Lightning trains on, where the loader has more than the epoch takes
 
 
 def count_steps(trainer: Trainer, *, starts: bool = False) -> None:
@@ -145,6 +147,7 @@ class StepBoundary:
             sums = self._loss
         for counts in (progress["current"], progress["total"]):
             counts.update(dict.fromkeys(counts, counts["ready"] - extra))
+        progress["is_last_batch"] = progress["is_last_batch"] and extra == 0
         place = checkpoint.get(type(getattr(trainer, "datamodule", None)).__qualname__, {}).get("place")
         for state in (
             place,
