@@ -20,6 +20,7 @@ from tests.doubles import TinyBackbone
 from tests.ranks import run_on_ranks
 from tests.staged import EPOCHS, SCHEDULE, TRAINED, Watch, classifier, images, schedulers, trainer
 from tl_lightning.callbacks import FrozenDriftError, StagedUnfreezing
+from tl_lightning.data import CachedFeaturesDataModule
 from tl_lightning.fingerprints import fingerprint
 from tl_lightning.modules import PartialFineTuning
 
@@ -211,6 +212,14 @@ def train_sharded(photos: str, folder: str, world: int) -> list[dict[str, Any]]:
             run.test(model, data, ckpt_path=Path(folder) / "epoch=0.ckpt", weights_only=True, verbose=False)
         epochs = [{n: t.flatten().tolist() for n, t in e.items()} for e in watch.epochs]
         found.append({"epochs": epochs, "sharded": watch.sharded})
+    if world > 1:
+        for refused, served, message in (
+            (classifier(train_bn=True), images(photos), "batch norm that trains would have other statistics"),
+            (classifier(), CachedFeaturesDataModule(images(photos), cache_dir=folder), "is sharded over the processes"),
+        ):
+            strategy = ModelParallelStrategy(data_parallel_size=world, tensor_parallel_size=1)
+            with pytest.raises(ValueError, match=message):
+                trainer(folder, devices=world, strategy=strategy).fit(refused, served)
     return found
 
 

@@ -16,6 +16,7 @@ from tests.doubles import DropoutProbe, TinyBackbone, image_folder
 from tl_lightning.backbones import TorchvisionBackbone
 from tl_lightning.cli import main
 from tl_lightning.data import ImageFolderDataModule
+from tl_lightning.fingerprints import fingerprint
 from tl_lightning.modules import LinearProbe, TransferClassifier
 
 
@@ -83,6 +84,7 @@ def watched(*args, **kwargs):
 torch.load = watched
 import torchvision.models._api as api
 api.load_state_dict_from_url = refuse
+from tl_lightning.fingerprints import fingerprint
 from tl_lightning.modules import LinearProbe
 model = LinearProbe.load_from_checkpoint(sys.argv[1])
 assert loads == [True], loads
@@ -174,8 +176,13 @@ def test_damaged_backbone_is_found(checkpoint: Path) -> None:
 
 
 def test_missing_weights_are_found(checkpoint: Path) -> None:
+    def edit(content: dict[str, Any]) -> None:  # as by code that has a parameter more since
+        del content["state_dict"]["head.linear.bias"]
+        head = {name: tensor for name, tensor in content["state_dict"].items() if name.startswith("head.")}
+        content["tl_lightning"]["hashes"]["head"] = fingerprint(head)
+
     with pytest.raises(ValueError, match=r"missing \['head.linear.bias'\]"):
-        LinearProbe.load_from_checkpoint(edited(checkpoint, lambda c: c["state_dict"].pop("head.linear.bias")))
+        LinearProbe.load_from_checkpoint(edited(checkpoint, edit))
 
 
 def test_later_format_is_named(checkpoint: Path) -> None:
@@ -207,6 +214,7 @@ def test_damaged_files_are_called_so(checkpoint: Path, tmp_path: Path) -> None:
     for edit, message in (
         (lambda c: c["tl_lightning"].pop("hashes"), "damaged: it lacks hashes"),
         (lambda c: c.pop("state_dict"), "damaged: it lacks its weights"),
+        (lambda c: c["state_dict"]["head.linear.bias"].add_(1), "the head in .* is not the one that was saved"),
         (
             lambda c: c["tl_lightning"]["model"]["init_args"].update(num_classes=5),
             "does not fit the code or its weights",

@@ -2,11 +2,13 @@
 
 import os
 import signal
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import pytest
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from tests.ranks import run_on_ranks
@@ -96,6 +98,31 @@ def test_scoring(doing: str, photos: Path, tmp_path: Path) -> None:
     with pytest.raises(SIGTERMException):
         getattr(run, doing)(classifier(), images(photos))
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+def resumed(world: int, photos: str, folder: str) -> list[list[float]]:
+    """Return the losses of training, by epoch: of an uninterrupted run, and of one that goes on in its first epoch."""
+    found = []
+    for tell, path in ((None, None), (Tell(1), None), (None, Path(folder) / "saved.ckpt")):
+        losses: list[float] = []
+        note = pl.callbacks.LambdaCallback(
+            on_train_epoch_end=lambda run, _, seen=losses: seen.append(float(run.callback_metrics["train_loss"]))
+        )
+        saves = ModelCheckpoint(folder, "saved", every_n_train_steps=1000, save_on_exception=True)
+        others = [] if tell is None else [tell, saves]
+        more = {"devices": world, "strategy": "ddp", "max_epochs": 2, "enable_checkpointing": tell is not None}
+        run = trainer(folder, note, *others, **more)
+        with pytest.raises(SIGTERMException) if tell else nullcontext():
+            run.fit(classifier(), images(photos, batch_size=4 // world), ckpt_path=path, weights_only=True)
+        found.append(losses)
+    return [found[0], found[2]]
+
+
+def test_loss_of_an_epoch_that_was_left_by_two_ranks(photos: Path, tmp_path: Path) -> None:
+    for whole, rest in run_on_ranks(
+        __name__, "resumed", tmp_path / "out", photos=str(photos), folder=str(tmp_path / "checkpoints")
+    ):
+        assert rest == whole
 
 
 def test_two_ranks(photos: Path, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Collection
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from tl_lightning.backbones import Backbone
 from tl_lightning.features.activations import activations
@@ -42,7 +43,15 @@ def pattern_rows(backbone: Backbone, boundaries: Collection[str], *, together: b
     """Compute the rows (4, ...) of the test patterns, by boundary: in one batch, or each alone.
 
     The backbone's convolutions get the memory layout that a classifier gives them.
+
+    Raises:
+        ValueError: The backbone is sharded.
     """
+    if any(isinstance(parameter, DTensor) for parameter in backbone.parameters()):
+        raise ValueError(
+            "what may train of the backbone is sharded over the processes, so nothing can be computed with it alone, and stored: use "
+            "strategy 'ddp', or train on the images themselves"
+        )
     backbone.to(memory_format=torch.channels_last)  # in another layout, these would be other bits under the same name
     here = like(backbone)
     images = patterns(*backbone.preprocessing.crop_shape).to(here)

@@ -34,7 +34,7 @@ from tl_lightning.modules.plateau import StepOnPlateau
 from tl_lightning.modules.sharding import prepare, shard, take_up
 from tl_lightning.modules.staged import Staged
 from tl_lightning.modules.step_boundary import StepBoundary, count_steps, finish_epoch
-from tl_lightning.modules.termination import Termination
+from tl_lightning.modules.termination import Termination, ends_together
 
 
 class TransferClassifier(Recorded, Staged, Optimized, Evaluated):
@@ -203,8 +203,8 @@ class TransferClassifier(Recorded, Staged, Optimized, Evaluated):
         if self._trainer is not None:
             loss = self._boundary.go_back(self._trainer, checkpoint, self.train_loss)
             # A run that is interrupted may be so on one rank, which must not wait for the others.
-            interrupted = self._trainer.state.status == TrainerStatus.INTERRUPTED
-            place["train_loss"] = [loss.tolist()] if interrupted else from_all(loss.tolist())
+            alone = self._trainer.state.status == TrainerStatus.INTERRUPTED and not ends_together(self._trainer)
+            place["train_loss"] = [loss.tolist()] if alone else from_all(loss.tolist())
         checkpoint[checkpoints.KEY] = checkpoints.describe(self, checkpoint["state_dict"]) | place
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

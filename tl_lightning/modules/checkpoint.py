@@ -71,12 +71,16 @@ def describe(classifier: TransferClassifier, state: Mapping[str, Tensor]) -> dic
         "left_out": [name for name in TRAINING_ONLY if getattr(classifier, name) is not None],
         "class_names": None if classifier.class_names is None else list(classifier.class_names),
         "preprocessing": list(classifier.backbone.preprocessing),
-        "hashes": {"backbone": fingerprint(_backbone_of(state))},
+        "hashes": {part: fingerprint(tensors) for part, tensors in _parts_of(state).items()},
     }
 
 
-def _backbone_of(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor for name, tensor in state.items() if name.startswith("backbone.")}
+def _parts_of(state: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """Return the tensors of the backbone, and those of the head and whatever else there is."""
+    parts: dict[str, dict[str, Tensor]] = {"backbone": {}, "head": {}}
+    for name, tensor in state.items():
+        parts["backbone" if name.startswith("backbone.") else "head"][name] = tensor
+    return parts
 
 
 def read(path: str | Path, map_location: str | torch.device | None = None) -> dict[str, Any]:
@@ -118,8 +122,9 @@ def load(cls: type[_C], path: str | Path, map_location: str | torch.device | Non
     checkpoint = read(path, map_location)
     made_of = checkpoint[KEY]
     state = checkpoint["state_dict"]
-    if fingerprint(_backbone_of(state)) != made_of["hashes"]["backbone"]:
-        raise ValueError(f"the backbone in {str(path)!r} is not the one that was saved: the file is damaged")
+    for part, tensors in _parts_of(state).items():
+        if fingerprint(tensors) != made_of["hashes"].get(part):
+            raise ValueError(f"the {part} in {str(path)!r} is not the one that was saved: the file is damaged")
     saved = makeup.known_class(made_of["model"]["class_path"])
     if not issubclass(saved, cls):
         raise ValueError(  # noqa: TRY004 - what is wrong is the file's content, not the type of an argument

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.modules.batchnorm import _NormBase
 from torch.optim import Optimizer
 
 from tl_lightning.backbones import Segment, called_by
@@ -71,14 +72,21 @@ def shard(classifier: LightningModule, staging: Staging, mesh: DeviceMesh) -> No
         mesh: Of the strategy; its dimension ``data_parallel`` is used.
 
     Raises:
-        ValueError: A stage that may train has parameters outside its modules.
+        ValueError: A stage that may train has parameters outside its modules, or batch norm trains.
     """
     data_parallel = mesh["data_parallel"]
+    parts: list[nn.Module] = []
     units = [module for name, module in classifier.named_children() if name != "backbone" and _parameters(module)]
     if staging.boundary != HEAD:
         suffix = staging.backbone.split(staging.boundary)[1]
-        parts = called_by(suffix) if isinstance(suffix, Segment) else [suffix]
-        units += [part for part in parts if _parameters(part)]
+        parts = [part for part in (called_by(suffix) if isinstance(suffix, Segment) else [suffix]) if _parameters(part)]
+        units += parts
+    moving = units if staging.train_bn else [unit for unit in units if unit not in parts]
+    if any(isinstance(module, _NormBase) for unit in moving for module in unit.modules()):
+        raise ValueError(
+            "batch norm that trains would have other statistics on each process of a ModelParallelStrategy: use strategy 'ddp', or "
+            "leave out train_bn, and batch norm in the head"
+        )
     covered = {id(parameter) for unit in units for parameter in unit.parameters()}
     names = [name for stage in staging.trainable for name in staging.stages[stage].parameters]
     loose = [name for name in names if id(staging.backbone.get_parameter(name)) not in covered]

@@ -6,6 +6,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loops import evaluation_loop
 from lightning.pytorch.trainer.states import TrainerStatus
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from tl_lightning.freezing import Staging
@@ -188,9 +189,14 @@ class StepBoundary:
         """
         loss.reset()
         self._trained, self._batch = None, (-1, -1)  # since parts may have been replaced after another fit
-        resumed = len(self._so_far) == trainer.world_size
-        if resumed:
+        resumed, known = bool(self._so_far), len(self._so_far)
+        if trainer.global_rank < known:
             loss.go_on(torch.tensor(self._so_far[trainer.global_rank]))
+        if resumed and known != trainer.world_size:
+            rank_zero_warn(
+                "the checkpoint was saved by a process that failed alone, so of the batches behind it, train_loss is of those that "
+                "this one had; weights and all else are exact"
+            )
         if self._behind_a_batch:
             make_up(trainer)
         self._so_far, self._behind_a_batch = [], False

@@ -22,10 +22,12 @@ class Termination(Callback):
 
     def __init__(self) -> None:
         self._asked = False
+        self.together = False
+        """Whether the ranks have agreed to end."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Forget what another run was told."""
-        self._asked = False
+        self._asked = self.together = False
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take the signal over from Lightning, which gives it back to its first owner at the end."""
@@ -56,12 +58,19 @@ class Termination(Callback):
 
     def _end(self, trainer: Trainer) -> None:
         if _in_step(trainer):
-            if trainer.strategy.reduce_boolean_decision(self._asked, all=False):
+            self.together = trainer.strategy.reduce_boolean_decision(self._asked, all=False)
+            if self.together:
                 raise SIGTERMException
         elif self._asked:
             if trainer.strategy.launcher is not None:
                 trainer.strategy.launcher.kill(signal.SIGTERM)  # the processes that this one has started
             raise SIGTERMException
+
+
+def ends_together(trainer: Trainer) -> bool:
+    """Return whether all ranks have agreed to end, so that one may wait for the others."""
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]  # Lightning's own list
+    return any(isinstance(callback, Termination) and callback.together for callback in callbacks)
 
 
 def _in_step(trainer: Trainer) -> bool:
