@@ -391,7 +391,7 @@ def test_callback_without_options_may_stand_alone(photos: Path, tmp_path: Path) 
 def test_run_that_stopped_early_says_so(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     stops = ["EarlyStopping", "--trainer.callbacks.monitor=val_loss", "--trainer.callbacks.stopping_threshold=100"]
     fit(photos, tmp_path, "--trainer.max_epochs=3", "--trainer.callbacks", *stops)
-    assert "stopped early  after 1 of 3 epochs, as val_loss says" in capsys.readouterr().out
+    assert "stopped early  in epoch 0, counted from 0, as val_loss says" in capsys.readouterr().out
 
 
 def test_second_callback_joins_the_first(photos: Path, tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 """All that modules and data share."""
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
@@ -72,8 +72,8 @@ class ServesViews(Protocol):
 class KeepsInStep(Protocol):
     """Whatever serves all ranks equally many batches: a loader, for those who let the ranks agree after each."""
 
-    in_step: bool
-    """Whether it does."""
+    in_step: Literal[True]
+    """That it does."""
 
 
 @runtime_checkable

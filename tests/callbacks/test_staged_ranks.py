@@ -188,10 +188,13 @@ def test_resumed_on_two_ranks(photos: Path, tmp_path: Path) -> None:
 
 
 class Double(PartialFineTuning):
-    """In float64 by hand, which ModelParallelStrategy does not offer as a precision."""
+    """In float64 by hand, which ModelParallelStrategy does not offer as a precision, and with groups in another order."""
 
     def forward_from(self, inputs: Tensor, boundary: str | None) -> Tensor:
         return super().forward_from(inputs.double(), boundary)
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        return [group | {"params": group["params"][::-1]} for group in super().parameter_groups()]
 
 
 def train_sharded(photos: str, folder: str, world: int) -> list[dict[str, Any]]:

@@ -84,7 +84,6 @@ def watched(*args, **kwargs):
 torch.load = watched
 import torchvision.models._api as api
 api.load_state_dict_from_url = refuse
-from tl_lightning.fingerprints import fingerprint
 from tl_lightning.modules import LinearProbe
 model = LinearProbe.load_from_checkpoint(sys.argv[1])
 assert loads == [True], loads

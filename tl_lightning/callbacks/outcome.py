@@ -67,9 +67,10 @@ class Outcome(Callback):
     def _note_fit(self, trainer: Trainer) -> None:
         self._title, self._rows = "trained", {} if self._begun else _complete(trainer)
         if trainer.should_stop and trainer.current_epoch != trainer.max_epochs:
-            of = f" of {trainer.max_epochs}" if trainer.max_epochs not in (None, -1) else ""
-            by = "".join(f", as {callback.monitor} says" for callback in trainer.early_stopping_callbacks)
-            self._rows["stopped early"] = f"after {trainer.current_epoch}{of} epochs{by}"
+            last = trainer.current_epoch - 1
+            stops = [callback for callback in trainer.early_stopping_callbacks if callback.stopped_epoch == last]
+            by = "".join(f", as {callback.monitor} says" for callback in stops)
+            self._rows["stopped early"] = f"in epoch {last}, counted from 0{by}"
         best, probe = best_of(trainer), handed_back(trainer)
         if probe is not None:
             self._rows["handed back"] = str(probe)

@@ -54,14 +54,11 @@ class FolderContents:
         """
         root, names = folders.check_root(self.root), self.class_names
         given = folders.split_folders(root)
+        undivided = {"test" if self.test_fraction == 1 else folders.TRAIN: root}
         others: Counter[str] = Counter()
-        if not given and self.test_fraction == 1:
-            found = {"test": folders.find_samples(root, root, names, others, complete=False)}
-            self._warn_of(others)
-            return found
         found = {
             split: folders.find_samples(root, folder, names, others, complete=split == folders.TRAIN)
-            for split, folder in (given or {folders.TRAIN: root}).items()
+            for split, folder in (given or undivided).items()
         }
         self._warn_of(others)
         if folders.TRAIN not in found:
@@ -97,8 +94,7 @@ class FolderContents:
         others: Counter[str] = Counter()
         files = sorted(folders.find_images(root, root, others))
         if not files:
-            kinds = f", but {folders.describe_kinds(others)}" if others else ""
-            raise ValueError(f"{str(root)!r} holds no images to predict ({', '.join(sorted(SUFFIXES))}){kinds}")
+            raise ValueError(f"{str(root)!r} holds no images to predict {folders.instead(others)}")
         self._warn_of(others)
         return files
 
@@ -107,5 +103,5 @@ class FolderContents:
         if others:
             rank_zero_warn(
                 f"{str(self.root)!r} holds files that are not taken for images, and are passed over: "
-                f"{folders.describe_kinds(others)}; convert those that are images to one of {', '.join(sorted(SUFFIXES))}"
+                f"{folders.kinds(others)}; convert those that are images to one of {', '.join(sorted(SUFFIXES))}"
             )

@@ -60,13 +60,14 @@ def find_images(root: Path, folder: Path, others: Counter[str]) -> Iterator[str]
                 yield _inside(root, Path(path, name)).relative_to(root).as_posix()
 
 
-def describe_kinds(others: Counter[str]) -> str:
+def kinds(others: Counter[str]) -> str:
     """List how many files there are of each ending."""
     return ", ".join(f"{count:,} {suffix or 'without an ending'}" for suffix, count in others.most_common())
 
 
-def _but(others: Counter[str]) -> str:
-    return f", but {describe_kinds(others)}" if others else ""
+def instead(others: Counter[str]) -> str:
+    """Say which endings are taken for images, and which there are instead."""
+    return f"({', '.join(sorted(SUFFIXES))})" + (f", but {kinds(others)}" if others else "")
 
 
 def _inside(root: Path, entry: Path) -> Path:
@@ -176,15 +177,12 @@ def find_samples(
         images = list(find_images(root, folder / name, others)) if name in here else []
         if not images and complete and name in here:
             raise ValueError(
-                f"the class folder {str(folder / name)!r} holds no images ({', '.join(sorted(SUFFIXES))})"
-                f"{_but(others)}; add images, or remove the folder"
+                f"the class folder {str(folder / name)!r} holds no images {instead(others)}; add images, or remove the folder"
             )
         files += images
         targets += [target] * len(images)
     if not files:
-        raise ValueError(
-            f"{str(folder)!r} holds no images in folders named after classes ({', '.join(sorted(SUFFIXES))}){_but(others)}"
-        )
+        raise ValueError(f"{str(folder)!r} holds no images in folders named after classes {instead(others)}")
     return Samples(files, targets)
 
 

@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from typing import Literal
 
 from tl_lightning.batch import Batch
 from tl_lightning.data.order import EpochBatches
@@ -19,7 +20,7 @@ class EpochLoader(ABC):
         batches: The order.
     """
 
-    in_step = True
+    in_step: Literal[True] = True
     """All ranks get equally many batches."""
 
     def __init__(self, batches: EpochBatches) -> None:

@@ -75,13 +75,13 @@ def shard(classifier: LightningModule, staging: Staging, mesh: DeviceMesh) -> No
         ValueError: A stage that may train has parameters outside its modules, or batch norm trains.
     """
     data_parallel = mesh["data_parallel"]
-    parts: list[nn.Module] = []
-    units = [module for name, module in classifier.named_children() if name != "backbone" and _parameters(module)]
+    heads = [module for name, module in classifier.named_children() if name != "backbone" and _parameters(module)]
+    units = list(heads)
     if staging.boundary != HEAD:
         suffix = staging.backbone.split(staging.boundary)[1]
-        parts = [part for part in (called_by(suffix) if isinstance(suffix, Segment) else [suffix]) if _parameters(part)]
-        units += parts
-    moving = units if staging.train_bn else [unit for unit in units if unit not in parts]
+        parts = called_by(suffix) if isinstance(suffix, Segment) else [suffix]
+        units += [part for part in parts if _parameters(part)]
+    moving = units if staging.train_bn else heads
     if any(isinstance(module, _NormBase) for unit in moving for module in unit.modules()):
         raise ValueError(
             "batch norm that trains would have other statistics on each process of a ModelParallelStrategy: use strategy 'ddp', or "

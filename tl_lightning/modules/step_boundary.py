@@ -126,11 +126,10 @@ class StepBoundary:
         sums = loss.sums
         fit = checkpoint["loops"]["fit_loop"]
         progress = fit["epoch_loop.batch_progress"]
-        epochs = trainer.fit_loop.epoch_progress.current
-        if now.ready > 0 and epochs.ready == epochs.processed and not epoch_loop._num_ready_batches_reached():  # type: ignore[attr-defined]  # so has an epoch's
-            for counts in fit[
-                "epoch_progress"
-            ].values():  # a limit of steps or time ended the epoch, whose rest is to come
+        ended = fit["epoch_progress"]["current"]["ready"] == fit["epoch_progress"]["current"]["processed"]
+        if ended and now.ready > 0 and not epoch_loop._num_ready_batches_reached():
+            # A limit of steps or time ended the epoch, whose rest is to come.
+            for counts in fit["epoch_progress"].values():
                 counts["processed"] = counts["started"] - 1
                 counts["completed"] = min(counts["completed"], counts["processed"])
         if extra == 0 and not within:

@@ -77,4 +77,4 @@ def _in_step(trainer: Trainer) -> bool:
     """Return whether all ranks have equally many batches: in training, and of this library's loaders."""
     loader = getattr(trainer._active_loop, "_combined_loader", None)
     loaders = [] if loader is None else loader.flattened
-    return trainer.training or (bool(loaders) and all(isinstance(one, KeepsInStep) and one.in_step for one in loaders))
+    return trainer.training or (bool(loaders) and all(isinstance(one, KeepsInStep) for one in loaders))
