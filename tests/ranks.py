@@ -13,7 +13,9 @@ ROOT = Path(__file__).parents[1]
 TIMEOUT_S = 600
 
 _CODE = """
-import importlib, json, sys
+import atexit, importlib, json, sys
+import torch.distributed as dist
+atexit.register(lambda: dist.is_initialized() and dist.destroy_process_group())  # last: else gloo may abort the process
 module, name, arguments, out = sys.argv[1:]
 result = getattr(importlib.import_module(module), name)(**json.loads(arguments))
 import os

@@ -1,5 +1,6 @@
 """A run that is told to terminate ends on all ranks after the same batch, whichever of them is told."""
 
+import atexit
 import os
 import signal
 from contextlib import nullcontext
@@ -9,6 +10,7 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
+import torch.distributed as dist
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
@@ -141,3 +143,23 @@ def test_loss_of_an_epoch_that_was_left_by_two_ranks(photos: Path, tmp_path: Pat
 def test_two_ranks(photos: Path, tmp_path: Path) -> None:
     found = run_on_ranks(__name__, "terminated", tmp_path / "out", photos=str(photos), folder=str(tmp_path))
     assert found == [[2, 2], [2, 2]]
+
+
+def left(world: int, photos: str, folder: str) -> int:
+    """Write, at the end of the process, whether the ranks are still connected."""
+    rank = int(os.environ["LOCAL_RANK"])
+    atexit.register(lambda: Path(f"{folder}.{rank}").write_text(str(dist.is_initialized())))
+    fails = pl.callbacks.LambdaCallback(on_train_batch_end=lambda *_: 1 / 0)
+    ends: dict[str, Any] = {"told": (Tell(1), SIGTERMException), "failed": (fails, ZeroDivisionError)}
+    callback, error = ends.get(Path(folder).name, (pl.Callback(), None))
+    run = trainer(folder, callback, devices=world, strategy="ddp")
+    with pytest.raises(error) if error else nullcontext():
+        run.fit(classifier(), images(photos, batch_size=2))
+    return rank
+
+
+@pytest.mark.parametrize(("how", "connected"), [("done", "False"), ("told", "False"), ("failed", "True")])
+def test_ranks_that_end_in_step_part(how: str, connected: str, photos: Path, tmp_path: Path) -> None:
+    # Where one fails, another may still wait for it, and parting would wait for that one.
+    run_on_ranks(__name__, "left", tmp_path / "out", photos=str(photos), folder=str(tmp_path / how))
+    assert [Path(f"{tmp_path / how}.{rank}").read_text() for rank in range(2)] == [connected] * 2

@@ -1,10 +1,12 @@
 """End a run that is told to terminate, as by a cluster that needs the machine, on all ranks at the same step."""
 
+import atexit
 import signal
 import threading
 from types import FrameType
 from typing import Any
 
+import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
@@ -28,6 +30,11 @@ class Termination(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Forget what another run was told."""
         self._asked = self.together = False
+        atexit.unregister(_part)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Have the ranks of a run that came to its end part when their processes do."""
+        atexit.register(_part)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take the signal over from Lightning, which gives it back to its first owner at the end."""
@@ -60,11 +67,23 @@ class Termination(Callback):
         if _in_step(trainer):
             self.together = trainer.strategy.reduce_boolean_decision(self._asked, all=False)
             if self.together:
+                atexit.register(_part)
                 raise SIGTERMException
         elif self._asked:
             if trainer.strategy.launcher is not None:
                 trainer.strategy.launcher.kill(signal.SIGTERM)  # the processes that this one has started
             raise SIGTERMException
+
+
+def _part() -> None:
+    """Leave the process group.
+
+    Else a process that has done its work may die of SIGABRT as it ends, because gloo's threads still hold tensors while Python
+    shuts down (torch 2.15). Lightning sees to it for NCCL alone. After an error the group is kept: another rank may
+    still wait for this one, and leaving would wait for that one.
+    """
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def ends_together(trainer: Trainer) -> bool:
