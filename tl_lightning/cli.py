@@ -25,6 +25,7 @@ from tl_lightning.callbacks.checkpoints import best_of, handed_back
 from tl_lightning.chance import DEFAULT_SEED
 from tl_lightning.data import images_of
 from tl_lightning.defaults import SaveConfig, default_loggers, default_precision
+from tl_lightning.metrics_table import RowCount
 from tl_lightning.mistakes import Parser
 from tl_lightning.modules import TransferClassifier, checkpoint
 from tl_lightning.quiet import quiet
@@ -175,6 +176,7 @@ class TransferCLI(LightningCLI):
             kwargs["default_root_dir"] = folder
             if config["logger"] is not False:
                 kwargs["logger"] = default_loggers(folder)
+                added.append(RowCount())
         if self.subcommand != "fit":
             kwargs["enable_checkpointing"] = False
         elif config["enable_checkpointing"] is not False:
