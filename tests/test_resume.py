@@ -78,7 +78,7 @@ class Losses(pl.Callback):
 
 
 def fit(
-    photos: str, folder: Path, resume: Path | None = None, world: int = 1, batch_size: int = 4, **options: Any
+    photos: str, folder: Path, resume: Path | None = None, world: int = 1, batch_size: int = 8, **options: Any
 ) -> tuple[LinearProbe, pl.Trainer, Losses]:
     """Fit with everything that chance is in: order, augmentation in two workers, dropout."""
     torch.manual_seed(0 if resume is None else 99)  # a resumed process starts from another random state
@@ -154,7 +154,7 @@ def check(results: dict[str, list[str]], steps_per_epoch: int) -> None:
     assert saved - {name for name in saved if name.startswith("batch-")} == {
         *("uninterrupted", "step-step", "validation-epoch", "epoch-epoch")
     }
-    assert sum(name.startswith("batch-") for name in results) == (3 * 8 if steps_per_epoch == 3 else 0)
+    assert sum(name.startswith("batch-") for name in results) == (3 * 4 if steps_per_epoch == 2 else 0)
     assert sum(name.startswith("step-") for name in results) == 3 * steps_per_epoch
     differing = {name: result for name, result in results.items() if result != results["uninterrupted"]}
     assert differing == {}
@@ -163,14 +163,14 @@ def check(results: dict[str, list[str]], steps_per_epoch: int) -> None:
 @pytest.mark.parametrize(
     ("world", "options", "steps_per_epoch"),
     [
-        (1, {}, 8),
-        (1, {"accumulate_grad_batches": 3, "gradient_clip_val": 0.1}, 3),
-        (1, {"plateau": "train_loss", "check_val_every_n_epoch": 2}, 8),
-        (2, {}, 8),
-        (2, {"val_check_interval": 0.5}, 8),
-        (2, {"accumulate_grad_batches": 3, "gradient_clip_val": 0.1}, 3),
-        (2, {"max_steps": 24}, 8),
-        (2, {"plateau": "val_loss"}, 8),
+        (1, {}, 4),
+        (1, {"accumulate_grad_batches": 3, "gradient_clip_val": 0.1}, 2),
+        (1, {"plateau": "train_loss", "check_val_every_n_epoch": 2}, 4),
+        (2, {}, 4),
+        (2, {"val_check_interval": 0.5}, 4),
+        (2, {"accumulate_grad_batches": 3, "gradient_clip_val": 0.1}, 2),
+        (2, {"max_steps": 12}, 4),
+        (2, {"plateau": "val_loss"}, 4),
     ],
     ids=[
         *("plain", "accumulated", "slowed on a plateau of training"),
@@ -188,7 +188,7 @@ def test_resumed_from_anywhere(
         world=world,
         photos=str(photos),
         folder=str(tmp_path / "checkpoints"),
-        batch_size=4 // world,
+        batch_size=8 // world,
         **options,
     )
     assert all(rank == ranks[0] for rank in ranks), "ranks differ"
