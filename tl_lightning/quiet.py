@@ -11,7 +11,7 @@ _EXPECTED_WARNINGS = (
     r"The number of training batches \(\d+\) is smaller than the logging interval",
     # The folder of a resumed run holds its earlier checkpoints: lightning.pytorch.callbacks.model_checkpoint.
     r"Checkpoint directory .* exists and is not empty",
-    # So it holds its earlier metrics, which default_loggers keeps: lightning.fabric.loggers.csv_logs.
+    # So it holds its earlier metrics, which MetricsTable keeps: lightning.fabric.loggers.csv_logs.
     r"Experiment logs directory .* exists and is not empty",
     # Scoring needs none of the callbacks of training: lightning.pytorch.trainer.call, _call_callbacks_on_load_checkpoint.
     r"Be aware that when using `ckpt_path`, callbacks used to create the checkpoint",
