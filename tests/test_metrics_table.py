@@ -23,13 +23,18 @@ class StoppedError(Exception):
 
 
 class Stop(pl.Callback):
-    """Stop before a batch, counted from 0 over all epochs."""
+    """Stop at a batch, counted from 0 over all epochs: at its start, or at the end of the validation that follows."""
 
-    def __init__(self, at: int) -> None:
+    def __init__(self, at: int, validated: bool) -> None:
         self.at = at
+        self.validated = validated
 
     def on_train_batch_start(self, trainer: pl.Trainer, *args: Any) -> None:
-        if trainer.fit_loop.epoch_loop.total_batch_idx == self.at:
+        if trainer.fit_loop.epoch_loop.total_batch_idx == self.at and not self.validated:
+            raise StoppedError
+
+    def on_validation_end(self, trainer: pl.Trainer, *args: Any) -> None:
+        if trainer.fit_loop.epoch_loop.total_batch_idx == self.at and self.validated:
             raise StoppedError
 
 
@@ -41,7 +46,7 @@ def rows_of(
     path = folder / "saved.ckpt"
     run = trainer(
         folder,
-        *([] if stop is None else [Stop(stop)]),
+        *([] if stop is None else [Stop(stop, "save_on_exception" in moments)]),
         RowCount(),
         saves,
         **{"max_epochs": 3, "enable_checkpointing": True, "log_every_n_steps": 1} | options,
@@ -60,12 +65,17 @@ def rows_of(
 
 @pytest.mark.parametrize(
     ("options", "moments"),
-    [(OFTEN, {"every_n_train_steps": 1}), (OFTEN, {}), ({}, {"save_on_train_epoch_end": True})],
-    ids=["saved at steps", "saved at validations", "saved at the ends of epochs"],
+    [
+        (OFTEN, {"every_n_train_steps": 1}),
+        (OFTEN, {}),
+        ({}, {"save_on_train_epoch_end": True}),
+        (OFTEN, {"save_on_exception": True}),
+    ],
+    ids=["saved at steps", "saved at validations", "saved at the ends of epochs", "saved at errors"],
 )
 def test_resumed(options: dict[str, Any], moments: dict[str, Any], photos: Path, tmp_path: Path) -> None:
     whole = rows_of(tmp_path / "whole", photos, moments, **options)
-    for stop in (8, 10, 12):
+    for stop in (7, 9, 11) if "save_on_exception" in moments else (8, 10, 12):
         rows_of(tmp_path / str(stop), photos, moments, stop=stop, **options)
         rows_of(tmp_path / str(stop), photos, moments, stop=15, **options)
         assert rows_of(tmp_path / str(stop), photos, moments, **options) == whole, f"stopped before batch {stop}"

@@ -8,6 +8,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
+from lightning.pytorch.trainer.states import TrainerStatus
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
@@ -74,14 +75,26 @@ class RowCount(Callback):
     """Note in each checkpoint how many rows :class:`MetricsTable` has.
 
     A checkpoint from between two steps of the optimizer is taken back to the first, where the count is not needed: what was
-    logged before it has other steps than what is logged after it.
+    logged before it has other steps than what is logged after it. A validation that failed is run again.
     """
+
+    def __init__(self) -> None:
+        self._before_validation = 0
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Keep the count of before."""
+        for table in _tables(trainer):
+            self._before_validation = table.rows
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Note the rows, and the batches behind them."""
         batches = trainer.fit_loop.epoch_loop.batch_progress.total.ready
+        failed = trainer.validating and trainer.state.status == TrainerStatus.INTERRUPTED
         for table in _tables(trainer):
-            checkpoint["metrics_table"] = {"batches": batches, "rows": table.rows}
+            checkpoint["metrics_table"] = {
+                "batches": batches,
+                "rows": self._before_validation if failed else table.rows,
+            }
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Tell the table, before it has its first row of the run that goes on."""
