@@ -7,7 +7,8 @@ from typing import Any
 
 import lightning.pytorch as pl
 import pytest
-from lightning.pytorch.callbacks import ModelCheckpoint
+import torch
+from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
 
 from tests.staged import classifier, images, trainer
 from tl_lightning.metrics_table import MetricsTable, RowCount
@@ -50,7 +51,7 @@ def rows_of(
         RowCount(),
         saves,
         **{"max_epochs": 3, "enable_checkpointing": True, "log_every_n_steps": 1} | options,
-        logger=MetricsTable(folder.parent, name="", version=folder.name),
+        logger=table_at(folder),
     )
     with nullcontext() if stop is None else pytest.raises(StoppedError):
         run.fit(
@@ -59,8 +60,7 @@ def rows_of(
             ckpt_path=path if path.is_file() else None,
             weights_only=True,
         )
-    with (folder / "metrics.csv").open(newline="") as file:
-        return [{name: value for name, value in row.items() if value} for row in csv.DictReader(file)]
+    return written(folder / "metrics.csv")
 
 
 @pytest.mark.parametrize(
@@ -79,3 +79,75 @@ def test_resumed(options: dict[str, Any], moments: dict[str, Any], photos: Path,
         rows_of(tmp_path / str(stop), photos, moments, stop=stop, **options)
         rows_of(tmp_path / str(stop), photos, moments, stop=15, **options)
         assert rows_of(tmp_path / str(stop), photos, moments, **options) == whole, f"stopped before batch {stop}"
+
+
+def written(table: Path) -> list[dict[str, str]]:
+    with table.open(newline="") as file:
+        return [{name: value for name, value in row.items() if value} for row in csv.DictReader(file)]
+
+
+class Compare(pl.Callback):
+    """Count, behind each checkpoint, the rows that it knows of and those on disk."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.counts: list[tuple[int, int]] = []
+
+    def on_train_batch_start(self, trainer: pl.Trainer, *args: Any) -> None:
+        if trainer.global_step:
+            known = torch.load(self.folder / "saved.ckpt", weights_only=True)["metrics_table"]["rows"]
+            self.counts.append((known, len(written(self.folder / "metrics.csv"))))
+
+
+def test_rows_that_a_checkpoint_knows_of_are_on_disk(photos: Path, tmp_path: Path) -> None:
+    compare, table = Compare(tmp_path), table_at(tmp_path)
+    saves = ModelCheckpoint(tmp_path, "saved", every_n_train_steps=1, enable_version_counter=False)
+    rates = LearningRateMonitor("step")  # which does not write what it logs
+    options = {"max_epochs": 1, "enable_checkpointing": True, "log_every_n_steps": 1, "logger": table}
+    trainer(tmp_path, rates, saves, RowCount(), compare, **options).fit(classifier(), images(photos, batch_size=4))
+    assert [known for known, _ in compare.counts] == [1, 2, 3, 4, 5]
+    assert all(there >= known for known, there in compare.counts)
+
+
+def table_at(folder: Path) -> MetricsTable:
+    return MetricsTable(folder.parent, name="", version=folder.name)
+
+
+@pytest.mark.parametrize(
+    ("harm", "left"),
+    [
+        (lambda text: text, "012"),
+        (lambda text: text[: text.index("0.7") + 2], "01"),
+        (lambda text: text.replace("0.6", "0.6,7,7"), "012"),
+        (lambda text: text.replace("step", "stop"), ""),
+        (lambda text: text[:2], ""),
+        (lambda text: "", ""),
+    ],
+    ids=["none", "cut in a row", "too many values", "other columns", "cut in the header", "empty"],
+)
+def test_table_that_was_harmed(harm: Any, left: str, tmp_path: Path) -> None:
+    first = table_at(tmp_path)
+    for step in range(4):
+        first.log_metrics({"value": 0.5 + step / 10}, step)
+    first.save()
+    table = tmp_path / "metrics.csv"
+    table.write_text(harm(table.read_text()))
+    again = table_at(tmp_path)
+    again.steps = 3  # the fourth row came after the checkpoint, and is not logged again
+    again.log_metrics({"value": 2.5}, 5)
+    again.save()
+    assert [row["step"] for row in written(table) if row.get("step")] == [*left, "5"]
+
+
+def test_table_stays_where_a_run_is_killed_while_it_gets_a_column(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table = table_at(tmp_path)
+    table.log_metrics({"loss": 0.5}, 0)
+    table.save()
+    before = (tmp_path / "metrics.csv").read_text()
+    monkeypatch.setattr("csv.DictWriter.writerows", lambda *_: pytest.fail("killed"))
+    table.log_metrics({"test_loss": 0.5}, 0)
+    with pytest.raises(pytest.fail.Exception, match="killed"):
+        table.save()
+    assert (tmp_path / "metrics.csv").read_text() == before

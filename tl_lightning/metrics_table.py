@@ -1,6 +1,7 @@
 """The table of a run's metrics, complete and without doubles however often the run is interrupted and resumed."""
 
 import csv
+import math
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,21 @@ from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
 
+class _Writer(ExperimentWriter):
+    """Lightning's, which empties the table while it gives it a new column: a run that is killed then would lose it."""
+
+    def _rewrite_with_new_header(self, fieldnames: list[str]) -> None:
+        path = Path(self.metrics_file_path)
+        _write(path, fieldnames, _read(path))
+
+
 class MetricsTable(CSVLogger):
     """Write ``metrics.csv``, and go on in that of the run that is resumed, which Lightning's logger would delete."""
 
     rows = 0
     """How many rows the run has logged, before it was interrupted too; a checkpoint knows, by :class:`RowCount`."""
+    steps: float = math.inf
+    """How many steps of the optimizer lie behind the checkpoint that is resumed."""
     _before: Path | None = None
     _begun = False
 
@@ -29,13 +40,12 @@ class MetricsTable(CSVLogger):
             kept = table.with_name("metrics.csv.kept")
             if table.is_file():
                 table.replace(kept)
-            made: ExperimentWriter = super().experiment
+            self._experiment = _Writer(self.log_dir)
             if kept.is_file():
                 kept.replace(table)
                 with table.open(newline="") as file:
-                    made.metrics_keys = list(csv.DictReader(file).fieldnames or [])
+                    self._experiment.metrics_keys = list(csv.DictReader(file).fieldnames or [])
                 self._before = table
-            return made
         there: ExperimentWriter = super().experiment
         return there
 
@@ -54,21 +64,31 @@ class MetricsTable(CSVLogger):
 
         What was there when the checkpoint was written stays, since several rows may have the same step.
         """
-        with table.open(newline="") as file:
-            found = list(csv.DictReader(file))
+        found = _read(table)
 
-        def is_earlier(row: dict[str, str | None]) -> bool:
-            at = row.get("step") or ""
-            return at.isdigit() and int(at) < step
+        def is_earlier(row: dict[str, str]) -> bool:
+            at = row.get("step", "")
+            return at.isdigit() and int(at) < min(step, self.steps)
 
         rows = found[: self.rows] + list(takewhile(is_earlier, found[self.rows :]))
-        part = table.with_name("metrics.csv.part")
-        with part.open("w", newline="") as file:
-            writer = csv.DictWriter(file, self.experiment.metrics_keys)
-            writer.writeheader()
-            writer.writerows(rows)
-        part.replace(table)
+        _write(table, self.experiment.metrics_keys, rows)
         return len(rows)
+
+
+def _read(table: Path) -> list[dict[str, str]]:
+    """Return the rows, but for one that a run was killed in; a value more than there are columns is left out."""
+    lines = [line for line in table.read_text().splitlines(keepends=True) if line.endswith("\n")]
+    return [{name: value or "" for name, value in row.items() if name} for row in csv.DictReader(lines)]
+
+
+def _write(table: Path, columns: list[str], rows: list[dict[str, str]]) -> None:
+    """Replace a table as a whole."""
+    part = table.with_name(f"{table.name}.part")
+    with part.open("w", newline="") as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        writer.writerows(rows)
+    part.replace(table)
 
 
 class RowCount(Callback):
@@ -91,6 +111,7 @@ class RowCount(Callback):
         batches = trainer.fit_loop.epoch_loop.batch_progress.total.ready
         failed = trainer.validating and trainer.state.status == TrainerStatus.INTERRUPTED
         for table in _tables(trainer):
+            table.save()  # else a run that is killed lacks rows that were counted
             checkpoint["metrics_table"] = {
                 "batches": batches,
                 "rows": self._before_validation if failed else table.rows,
@@ -102,6 +123,7 @@ class RowCount(Callback):
         noted = checkpoint.get("metrics_table", {"batches": None})
         for table in _tables(trainer):
             table.rows = noted["rows"] if noted["batches"] == batches else 0
+            table.steps = checkpoint["global_step"]
 
 
 def _tables(trainer: Trainer) -> list[MetricsTable]:
