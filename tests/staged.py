@@ -1,4 +1,4 @@
-"""Staged runs on tiny data, for the tests of one process and of several."""
+"""StagesMixin runs on tiny data, for the tests of one process and of several."""
 
 import copy
 from collections.abc import Callable
@@ -60,7 +60,7 @@ class Watch(pl.Callback):
         moving = {
             n.split(".")[2] for n, p in pl_module.named_parameters() if n.startswith("backbone.") and p.requires_grad
         }
-        assert moving == set(pl_module.staging.trained)
+        assert moving == set(pl_module.freeze_policy.trained)
         self.trained.append(tuple(sorted(moving)))
         self.states.append(copy.deepcopy(pl_module.state_dict()))
 

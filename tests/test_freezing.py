@@ -10,8 +10,8 @@ from tests.doubles import TINY, TinyBackbone
 from tests.staged import classifier, images, trainer
 from tl_lightning.backbones import Backbone, TimmBackbone, TorchvisionBackbone, TracedBackbone
 from tl_lightning.callbacks import StagedUnfreezing
-from tl_lightning.fingerprints import fingerprints
-from tl_lightning.freezing import HEAD, Staging
+from tl_lightning.freezing import HEAD, FreezePolicy
+from tl_lightning.utils.hashing import fingerprints
 
 BACKBONES: dict[str, Callable[[], Backbone]] = {
     "tiny": TinyBackbone,
@@ -25,22 +25,22 @@ BACKBONES: dict[str, Callable[[], Backbone]] = {
 @pytest.mark.parametrize("kind", BACKBONES)
 def test_each_parameter_belongs_to_one_stage(kind: str) -> None:
     backbone = BACKBONES[kind]()
-    staging = Staging(backbone, backbone.stages[0])
-    owned = [name for stage in staging.stages.values() for name in stage.parameters]
+    freeze_policy = FreezePolicy(backbone, backbone.stages[0])
+    owned = [name for stage in freeze_policy.stages.values() for name in stage.parameters]
     assert len(owned) == len(set(owned))
     auxiliary = {name for name, _ in backbone.named_parameters() if name.startswith("auxiliary.")}
     assert set(owned) == {name for name, _ in backbone.named_parameters()} - auxiliary
-    assert staging.trainable == backbone.stages
+    assert freeze_policy.trainable == backbone.stages
 
 
 @pytest.mark.parametrize("kind", BACKBONES)
 def test_stages_before_are_still_and_in_eval_mode(kind: str) -> None:
     backbone = BACKBONES[kind]()
     first = backbone.stages[-2]
-    staging = Staging(backbone, first)
-    staging.train(staging.stages_from(first))
+    freeze_policy = FreezePolicy(backbone, first)
+    freeze_policy.train(freeze_policy.stages_from(first))
     backbone.train()
-    staging.hold()
+    freeze_policy.freeze()
     prefix, suffix = backbone.split(first)
     assert not any(p.requires_grad for p in prefix.parameters())
     assert all(p.requires_grad for p in suffix.parameters())
@@ -49,22 +49,22 @@ def test_stages_before_are_still_and_in_eval_mode(kind: str) -> None:
     for module in suffix.modules():
         if id(module) in live:
             assert module.training is not isinstance(module, nn.BatchNorm2d)
-    staging.hold(training=False)
+    freeze_policy.freeze(training=False)
     assert not any(module.training for module in backbone.modules())
 
 
 @pytest.mark.parametrize("train_bn", [False, True])
 def test_batch_norm_moves_only_if_it_shall(train_bn: bool) -> None:
     backbone = TinyBackbone()
-    staging = Staging(backbone, "layer2", train_bn=train_bn)
-    staging.train(staging.stages_from("layer2"))
+    freeze_policy = FreezePolicy(backbone, "layer2", train_bn=train_bn)
+    freeze_policy.train(freeze_policy.stages_from("layer2"))
     before = {name: buffer.clone() for name, buffer in backbone.named_buffers()}
     prefix, suffix = backbone.split("layer2")
     suffix(prefix(torch.randn(8, 3, 16, 16))).sum().backward()
     moved = {name.split(".")[1] for name, buffer in backbone.named_buffers() if not torch.equal(buffer, before[name])}
     assert moved == ({"layer2", "layer3"} if train_bn else set())
     assert all(parameter.grad is not None for parameter in suffix.parameters()), "scale and shift learn in any case"
-    assert {name for name in staging.still() if "running" in name and "layer3" in name} == (
+    assert {name for name in freeze_policy.frozen_tensors() if "running" in name and "layer3" in name} == (
         set() if train_bn else {"model.layer3.norm.running_mean", "model.layer3.norm.running_var"}
     )
 
@@ -90,39 +90,39 @@ def test_frozen_stages_stay_frozen_whoever_unfreezes_them(hook: str, photos: Pat
 
 def test_gradients_left_over_go() -> None:
     backbone = TinyBackbone()
-    staging = Staging(backbone, "layer1")
-    staging.train(staging.stages_from("layer1"))
+    freeze_policy = FreezePolicy(backbone, "layer1")
+    freeze_policy.train(freeze_policy.stages_from("layer1"))
     backbone(torch.randn(2, 3, 16, 16)).sum().backward()
-    staging.train(staging.stages_from("layer3"))
+    freeze_policy.train(freeze_policy.stages_from("layer3"))
     assert {n.split(".")[1] for n, p in backbone.named_parameters() if p.grad is not None} == {"layer3"}
 
 
 @pytest.mark.parametrize("given", ["layer4.1", "model.layer4.1", "layer4.1.conv1.weight"])
 def test_from_a_module_or_parameter_inside_a_stage(given: str) -> None:
     backbone = TorchvisionBackbone("resnet18", weights=None)
-    staging = Staging(backbone, given)
-    assert staging.boundary == "layer4"
-    assert staging.trainable == (given,)
-    staging.train(staging.stages_from(given))
+    freeze_policy = FreezePolicy(backbone, given)
+    assert freeze_policy.boundary == "layer4"
+    assert freeze_policy.trainable == (given,)
+    freeze_policy.train(freeze_policy.stages_from(given))
     moving = {name for name, p in backbone.named_parameters() if p.requires_grad}
     assert moving == {name for name, _ in backbone.named_parameters() if name.startswith("model.layer4.1.")}
     backbone.train()
-    staging.hold()
+    freeze_policy.freeze()
     assert not any(module.training for module in backbone.get_submodule("model.layer4.0").modules())
     assert backbone.get_submodule("model.layer4.1.conv1").training
 
 
 def test_last_stages_by_number() -> None:
     backbone = TorchvisionBackbone("resnet18", weights=None)
-    assert Staging(backbone, 2).trainable == ("layer3", "layer4"), "stages, not tensors or modules"
-    assert Staging(backbone, 5).trainable == backbone.stages
-    assert Staging(backbone, HEAD).trainable == ()
+    assert FreezePolicy(backbone, 2).trainable == ("layer3", "layer4"), "stages, not tensors or modules"
+    assert FreezePolicy(backbone, 5).trainable == backbone.stages
+    assert FreezePolicy(backbone, HEAD).trainable == ()
     with pytest.raises(ValueError, match="the last 6 stages are to train; resnet18 has 5: stem, layer1"):
-        Staging(backbone, 6)
+        FreezePolicy(backbone, 6)
     with pytest.raises(ValueError, match="unknown stage 'layer5'; did you mean 'layer4'"):
-        Staging(backbone, "layer5")
+        FreezePolicy(backbone, "layer5")
     with pytest.raises(ValueError, match="'relu' of resnet18 holds no parameter"):
-        Staging(backbone, "relu")
+        FreezePolicy(backbone, "relu")
 
 
 class Tied(nn.Module):
@@ -141,13 +141,13 @@ class Tied(nn.Module):
 
 def test_tied_parameter_moves_with_the_first_stage_that_uses_it() -> None:
     backbone = TracedBackbone(Tied(), "tied", TINY)
-    staging = Staging(backbone, "layer2")
-    staging.train(staging.stages_from("layer2"))
+    freeze_policy = FreezePolicy(backbone, "layer2")
+    freeze_policy.train(freeze_policy.stages_from("layer2"))
     assert not backbone.get_parameter("model.layer1.weight").requires_grad, "what is frozen would move"
-    staging = Staging(backbone, "layer1")
-    staging.train(staging.stages_from("layer1"))
+    freeze_policy = FreezePolicy(backbone, "layer1")
+    freeze_policy.train(freeze_policy.stages_from("layer1"))
     assert backbone.get_parameter("model.layer1.weight").requires_grad
-    assert [name for s in staging.stages.values() for name in s.parameters].count("model.layer1.weight") == 1
+    assert [name for s in freeze_policy.stages.values() for name in s.parameters].count("model.layer1.weight") == 1
 
 
 def test_a_frozen_stage_before_one_that_trains_runs_its_eval_code() -> None:
@@ -165,8 +165,8 @@ def test_a_frozen_stage_before_one_that_trains_runs_its_eval_code() -> None:
             return features.mean((2, 3))
 
     backbone = TracedBackbone(Functional(), "functional", TINY)
-    staging = Staging(backbone, "layer1")
-    staging.train(("layer2", "layer3"))
+    freeze_policy = FreezePolicy(backbone, "layer1")
+    freeze_policy.train(("layer2", "layer3"))
     images = torch.randn(4, 3, 16, 16)
     inside: list[Tensor] = []
     backbone.get_submodule("model.layer2").register_forward_pre_hook(lambda m, inputs: inside.append(inputs[0]))

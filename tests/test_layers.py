@@ -11,11 +11,15 @@ import sys
 for name in ("lightning", "pytorch_lightning", "lightning_fabric", "lightning_utilities", "torchmetrics", "jsonargparse"):
     sys.modules[name] = None
 import tl_lightning
-from tl_lightning import batch, chance, features, freezing, heads, images, makeup, memory, messages, optim, transforms
+from tl_lightning import batch, features, freezing, heads, images, optim, transforms
+from tl_lightning.utils import seeding
+from tl_lightning.utils import serialization
+from tl_lightning.utils import memory
+from tl_lightning.utils import messages
 from tl_lightning.backbones import EfficientNetLite, TimmBackbone, TorchvisionBackbone
 import torch
 backbone = TorchvisionBackbone("resnet18", weights=None).eval()
-freezing.Staging(backbone)
+freezing.FreezePolicy(backbone)
 print(tuple(heads.LinearHead(backbone.feature_dim, 3)(backbone(torch.zeros(2, 3, 64, 64))).shape))
 """
 

@@ -10,8 +10,8 @@ from tests.doubles import TinyBackbone
 from tests.ranks import run_on_ranks
 from tl_lightning.callbacks import PredictionWriter
 from tl_lightning.data import ImageFolderDataModule
-from tl_lightning.fingerprints import fingerprint
 from tl_lightning.modules import LinearProbe
+from tl_lightning.utils.hashing import fingerprint
 
 
 def train_and_score(photos: str, folder: str, world: int) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from tests.ranks import run_on_ranks
 from tests.staged import Watch, images, trainer
 from tl_lightning.backbones import TorchvisionBackbone
 from tl_lightning.callbacks import StagedUnfreezing
-from tl_lightning.fingerprints import fingerprint
+from tl_lightning.utils.hashing import fingerprint
 
 README = Path(__file__).parents[1] / "README.md"
 

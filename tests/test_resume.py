@@ -21,8 +21,8 @@ from tests.ranks import ROOT, run_on_ranks
 from tests.staged import classifier, images, trainer
 from tl_lightning.callbacks import EMA
 from tl_lightning.data import ImageFolderDataModule
-from tl_lightning.fingerprints import fingerprint
 from tl_lightning.modules import LinearProbe
+from tl_lightning.utils.hashing import fingerprint
 
 # The resumed runs here write no checkpoints of their own.
 pytestmark = pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`, callbacks:UserWarning")
@@ -308,7 +308,7 @@ def test_chance_is_really_in_the_run(photos: Path, tmp_path: Path, monkeypatch: 
     assert fingerprint(model.state_dict()) == fingerprint(again.state_dict())
     for source in ("order", "augmentation", "step"):
         changed = partial(_representation, source)  # one source draws otherwise, the others as before
-        monkeypatch.setattr("tl_lightning.chance.repr", changed, raising=False)
+        monkeypatch.setattr("tl_lightning.utils.seeding.repr", changed, raising=False)
         assert fingerprint(fit(str(photos), tmp_path / source)[0].state_dict()) != fingerprint(model.state_dict()), (
             source
         )

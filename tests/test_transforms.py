@@ -3,8 +3,8 @@ from typing import Any
 import pytest
 import torch
 
-from tl_lightning.chance import seeded
 from tl_lightning.transforms import Preprocessing, eval_transform, train_transform
+from tl_lightning.utils.seeding import seeded
 
 
 def test_eval_keeps_the_aspect_ratio_and_crops_the_centre() -> None:

@@ -11,7 +11,7 @@ def main() -> None:
     from lightning.pytorch.utilities.exceptions import SIGTERMException
 
     from tl_lightning.cli import main as run
-    from tl_lightning.messages import of_ours
+    from tl_lightning.utils.messages import own_message
 
     try:
         run()
@@ -21,7 +21,7 @@ def main() -> None:
     except KeyboardInterrupt:  # outside of a fit, where Lightning ends the run itself
         sys.exit(128 + signal.SIGINT)
     except Exception as error:
-        message = of_ours(error)
+        message = own_message(error)
         if message is None or os.environ.get("TL_LIGHTNING_TRACEBACK"):
             raise
         sys.exit(f"tl-lightning: error: {message}")

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from tl_lightning.backbones import Backbone
-from tl_lightning.messages import unknown
+from tl_lightning.utils.messages import unknown
 
 HEAD = "head"
 """As a boundary: the pooled features; as the first stage that trains: none of the backbone."""
@@ -26,7 +26,7 @@ class Stage(NamedTuple):
     modules: tuple[nn.Module, ...]
 
 
-class Staging:
+class FreezePolicy:
     """Say which stages of a backbone train, and keep all others as they are.
 
     A frozen stage has no gradients, none left over, and eval mode for batch norm, dropout and stochastic depth. At first
@@ -94,9 +94,9 @@ class Staging:
             if not moves:
                 parameter.grad = None  # an optimizer skips it; zeros would still be decayed and carried by momentum
         self.trained = frozenset(names)
-        self.hold()
+        self.freeze()
 
-    def hold(self, *, training: bool = True) -> None:
+    def freeze(self, *, training: bool = True) -> None:
         """Put every part of the backbone into its mode, and hold what is frozen, whoever has changed that.
 
         Args:
@@ -111,10 +111,10 @@ class Staging:
         self._parts = [(module, id(module) in moving) for module in self.backbone.modules()]
         trained = {name for stage in self.trained for name in self.stages[stage].parameters}
         self._fixed = [p for name, p in self.backbone.named_parameters() if name not in trained]
-        self.keep(training=training)
+        self.enforce(training=training)
 
-    def keep(self, *, training: bool = True) -> None:
-        """Do as :meth:`hold` for the modules that there were when it was last called: fast enough for every step."""
+    def enforce(self, *, training: bool = True) -> None:
+        """Do as :meth:`freeze` for the modules that there were when it was last called: fast enough for every step."""
         for parameter in self._fixed:
             if parameter.requires_grad:
                 parameter.requires_grad_(False)
@@ -123,7 +123,7 @@ class Staging:
             if module.training is not (training and moves):
                 module.training = training and moves
 
-    def still(self) -> dict[str, Tensor]:
+    def frozen_tensors(self) -> dict[str, Tensor]:
         """Return, by name, the parameters and buffers of the backbone that do not change now."""
         found = {name: p.detach() for name, p in self.backbone.named_parameters() if not p.requires_grad}
         for path, module in self.backbone.named_modules():

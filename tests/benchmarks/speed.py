@@ -25,11 +25,11 @@ from torchmetrics.classification import MulticlassAccuracy
 from tests.benchmarks.plain import BATCH, CUTS
 from tl_lightning.backbones import EfficientNetLite
 from tl_lightning.data import CachedFeaturesDataModule, SolarCellsDataModule
-from tl_lightning.data.order import EpochBatches
+from tl_lightning.data.sampler import DistributedBatchSampler
 from tl_lightning.heads import LinearHead, Standardize
 from tl_lightning.heads.logistic import solve
 from tl_lightning.modules import LinearProbe, PartialFineTuning, TransferClassifier
-from tl_lightning.sweep.training import Rates, Training, train_alone, train_together
+from tl_lightning.sweep.training import HeadOptions, Training, train_alone, train_together
 
 EPOCHS = 30
 
@@ -117,9 +117,11 @@ def solvers(features: Tensor, target: Tensor) -> tuple[float, float]:
 
 def fifty_heads(features: Tensor, target: Tensor) -> tuple[float, float]:
     """Seconds of fifty linear heads trained one by one, extrapolated from five, and of the fifty trained together."""
-    order = EpochBatches(len(target), BATCH, shuffle=True)
+    order = DistributedBatchSampler(len(target), BATCH, shuffle=True)
     training = Training(features, target, lambda _: (index for index, _ in order.batches()), 3, cross_entropy)
-    rates = [Rates(lr, decay) for lr in torch.logspace(-4, -1, 10).tolist() for decay in (0.0, 0.01, 0.1, 1.0, 10.0)]
+    rates = [
+        HeadOptions(lr, decay) for lr in torch.logspace(-4, -1, 10).tolist() for decay in (0.0, 0.01, 0.1, 1.0, 10.0)
+    ]
     heads = [LinearHead(features.shape[1], 2, standardize=True) for _ in rates]
     times = []
     for _ in range(2):  # what runs first also warms up
@@ -156,7 +158,7 @@ def main() -> None:
         timer = fit(LinearProbe(backbone, 2), data, EPOCHS)
         probe = time.perf_counter() - begin
         extraction = probe - sum(timer.epochs)
-        train, count = len(images.splits["train"].files), images.contents.num_images
+        train, count = len(images.splits["train"].files), images.folder_index.num_images
         loader = data.train_dataloader()
         batches = list(loader)
         features = torch.cat([batch.inputs for batch in batches])

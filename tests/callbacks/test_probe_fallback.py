@@ -7,9 +7,9 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from tests.staged import classifier, images, schedulers, trainer
-from tl_lightning.callbacks import EMA, Outcome, ProbeFallback, StagedUnfreezing
-from tl_lightning.fingerprints import fingerprint
+from tl_lightning.callbacks import EMA, ProbeFallback, StagedUnfreezing, Summary
 from tl_lightning.modules import PartialFineTuning
+from tl_lightning.utils.hashing import fingerprint
 
 # A resumed run writes into the folder of the first.
 pytestmark = [
@@ -53,14 +53,14 @@ def same(first: PartialFineTuning, second: PartialFineTuning) -> bool:
 def test_probe_is_handed_back_where_fine_tuning_ends_below_it(photos: Path, tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match=r"fine-tuning ended with val_accuracy .*handed back. Use .*probe.ckpt"):
         model, fallback, score = run(photos, tmp_path, backbone_lr=50.0)
-    assert fallback.handed_back
+    assert fallback.reverted
     assert score == pytest.approx(fallback.probe_score)
     assert same(probe_of(tmp_path), model)
 
 
 def test_fine_tuned_weights_stay_where_they_are_as_good(photos: Path, tmp_path: Path) -> None:
     model, fallback, score = run(photos, tmp_path, backbone_lr=1e-6)
-    assert not fallback.handed_back
+    assert not fallback.reverted
     assert fallback.probe_score is not None
     assert score >= fallback.probe_score
     assert not same(probe_of(tmp_path), model)
@@ -85,7 +85,7 @@ def test_resumed_at_any_moment(photos: Path, tmp_path: Path) -> None:
         quiet = ModelCheckpoint(dirpath=tmp_path, filename="again")
         with pytest.warns(UserWarning, match="handed back"):
             again, fallback, _ = run(photos, tmp_path, moment, quiet, **options)
-        assert fallback.handed_back
+        assert fallback.reverted
         assert same(again, model), moment.name
 
 
@@ -119,7 +119,7 @@ def test_probe_is_that_of_this_run(photos: Path, tmp_path: Path) -> None:
     model = classifier()
     with pytest.warns(UserWarning, match="ended before fine-tuning was validated"):
         trainer(tmp_path, *callbacks, max_epochs=1).fit(model, images(photos))
-    assert not fallback.handed_back
+    assert not fallback.reverted
     assert same(model, probe_of(tmp_path))
 
 
@@ -193,7 +193,7 @@ def test_outcome_names_the_probe_wherever_it_stands(
 ) -> None:
     best = ModelCheckpoint(tmp_path, "best", monitor="val_f1", mode="max")
     staged = StagedUnfreezing({6: "layer1"}, warmup_epochs=0)
-    each = trainer(tmp_path, Outcome(), staged, ProbeFallback(), best, max_epochs=10, enable_checkpointing=True)
+    each = trainer(tmp_path, Summary(), staged, ProbeFallback(), best, max_epochs=10, enable_checkpointing=True)
     with pytest.warns(UserWarning, match="handed back"):
         each.fit(classifier(lr=0.05, backbone_lr=50.0), images(photos))
     printed = capsys.readouterr().out

@@ -21,8 +21,8 @@ from tests.ranks import run_on_ranks
 from tests.staged import EPOCHS, SCHEDULE, TRAINED, Watch, classifier, images, schedulers, trainer
 from tl_lightning.callbacks import FrozenDriftError, StagedUnfreezing
 from tl_lightning.data import CachedFeaturesDataModule
-from tl_lightning.fingerprints import fingerprint
 from tl_lightning.modules import PartialFineTuning
+from tl_lightning.utils.hashing import fingerprint
 
 VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "plain": ({}, {}),

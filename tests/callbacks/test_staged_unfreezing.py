@@ -13,8 +13,8 @@ from tests.doubles import TinyBackbone
 from tests.staged import EPOCHS, SCHEDULE, TRAINED, Watch, classifier, images, schedulers, trainer
 from tl_lightning.batch import Batch
 from tl_lightning.callbacks import StagedUnfreezing
-from tl_lightning.fingerprints import fingerprint
 from tl_lightning.modules import LinearProbe, PartialFineTuning
+from tl_lightning.utils.hashing import fingerprint
 
 # The resumed runs here write no checkpoints of their own.
 pytestmark = [
@@ -144,7 +144,7 @@ def test_schedule_is_changed_on_resume(photos: Path, tmp_path: Path) -> None:
     assert watch.trained == [("layer2", "layer3"), ("layer3",), ("layer3",)]
 
 
-# Rates ----------------------------------------------------------------------------------------------------------------
+# HeadOptions ----------------------------------------------------------------------------------------------------------------
 
 
 def test_rates_of_a_staged_run(photos: Path, tmp_path: Path) -> None:
@@ -197,11 +197,11 @@ def test_no_schedule_flattens_the_ratio_between_groups(name: str, photos: Path, 
     model = classifier(layer_decay=0.5, scheduler=schedulers(EPOCHS * 3)[name], scheduler_interval=interval)
     seen: list[list[float]] = []
 
-    class Rates(pl.Callback):
+    class HeadOptions(pl.Callback):
         def on_train_batch_start(self, trainer: pl.Trainer, *args: Any) -> None:
             seen.append([group["lr"] for group in trainer.optimizers[0].param_groups[::2]])
 
-    trainer(tmp_path, Rates()).fit(model, images(photos))
+    trainer(tmp_path, HeadOptions()).fit(model, images(photos))
     assert len(seen) == EPOCHS * 3
     for head, layer3, layer2, layer1 in seen:
         assert (layer3 / head, layer2 / head, layer1 / head) == pytest.approx((0.5, 0.25, 0.125), rel=1e-6)

@@ -24,9 +24,9 @@ from tl_lightning.batch import Batch
 from tl_lightning.callbacks import EMA, StagedUnfreezing
 from tl_lightning.data import CachedFeaturesDataModule, ImageFolderDataModule
 from tl_lightning.features import DamagedStoreError, content_keys
-from tl_lightning.fingerprints import fingerprint
 from tl_lightning.heads import ConvHead, MLPHead
 from tl_lightning.modules import CustomHeadClassifier, LinearProbe, PartialFineTuning, TransferClassifier
+from tl_lightning.utils.hashing import fingerprint
 
 pytestmark = pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`, callbacks:UserWarning")
 
@@ -306,7 +306,7 @@ def test_an_image_that_vanishes_is_named(
         lost.unlink()
         return keys
 
-    monkeypatch.setattr("tl_lightning.data.stored.content_keys", hash_then_lose)
+    monkeypatch.setattr("tl_lightning.data._feature_cache.content_keys", hash_then_lose)
     with pytest.raises(ValueError, match=r"cannot read the image '.*004\.png': No such file"):
         data.complete(["head"])
 
@@ -426,7 +426,7 @@ def test_an_image_that_changes_meanwhile_is_not_stored(
         save_image(root / "bee" / "004.png", seed=5)
         return keys
 
-    monkeypatch.setattr("tl_lightning.data.stored.content_keys", hash_then_change)
+    monkeypatch.setattr("tl_lightning.data._feature_cache.content_keys", hash_then_change)
     backbone = TinyBackbone()
     with pytest.raises(ValueError, match=r"004\.png' changed while features were computed; run again"):
         trainer(tmp_path).fit(LinearProbe(backbone, 3), cached(root, tmp_path / "cache", backbone))

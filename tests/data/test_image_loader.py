@@ -6,7 +6,7 @@ from torch import Tensor
 
 from tl_lightning.batch import PADDING, Batch
 from tl_lightning.data.image_loader import ImageDataset, ImageLoader, load_by_threads, load_in_order
-from tl_lightning.data.order import EpochBatches, Key
+from tl_lightning.data.sampler import DistributedBatchSampler, SampleKey
 
 
 def read(index: int) -> Tensor:
@@ -19,7 +19,7 @@ def add_noise(image: Tensor) -> Tensor:
 
 def loader(workers: int = 0, *, shuffle: bool = True, length: int = 23, rank: int = 0, world: int = 1) -> ImageLoader:
     dataset = ImageDataset(read, [i % 3 for i in range(length)], add_noise, seed=5)
-    batches = EpochBatches(length, 4, shuffle=shuffle, seed=5, rank=rank, world_size=world)
+    batches = DistributedBatchSampler(length, 4, shuffle=shuffle, seed=5, rank=rank, world_size=world)
     return ImageLoader(dataset, batches, num_workers=workers, pin_memory=False)
 
 
@@ -38,7 +38,7 @@ def test_batches_are_the_same_with_any_number_of_workers() -> None:
 
 def test_threads_load_what_worker_processes_load() -> None:
     dataset = ImageDataset(read, None, lambda image: image.float(), seed=5)
-    batches = [[Key(i, 0, False) for i in part] for part in ([4, 0, 7], [2], [9, 9, 1, 3])]
+    batches = [[SampleKey(i, 0, False) for i in part] for part in ([4, 0, 7], [2], [9, 9, 1, 3])]
     by_threads, by_processes = load_by_threads(dataset, batches), load_in_order(dataset, batches, 1)
     for mine, theirs, keys in zip(by_threads, by_processes, batches, strict=True):
         assert torch.equal(mine, theirs)

@@ -3,19 +3,19 @@ from statistics import NormalDist
 import pytest
 import torch
 
-from tl_lightning.evaluation import best_of_many, share
+from tl_lightning.evaluation import bias_corrected_best, wilson_interval
 
 TRIALS = 400
 
 
 def test_share_is_wilsons() -> None:
     # Newcombe 1998, https://doi.org/10.1002/(SICI)1097-0258(19980430)17:8<857::AID-SIM777>3.0.CO;2-E, table I, method 3
-    assert share(81, 263) == pytest.approx((81 / 263, 0.2553, 0.3662), abs=5e-5)
-    assert share(15, 148) == pytest.approx((15 / 148, 0.0624, 0.1605), abs=5e-5)
-    assert share(0, 20) == pytest.approx((0.0, 0.0, 0.1611), abs=5e-5)
-    assert share(1, 29) == pytest.approx((1 / 29, 0.0061, 0.1718), abs=5e-5)
+    assert wilson_interval(81, 263) == pytest.approx((81 / 263, 0.2553, 0.3662), abs=5e-5)
+    assert wilson_interval(15, 148) == pytest.approx((15 / 148, 0.0624, 0.1605), abs=5e-5)
+    assert wilson_interval(0, 20) == pytest.approx((0.0, 0.0, 0.1611), abs=5e-5)
+    assert wilson_interval(1, 29) == pytest.approx((1 / 29, 0.0061, 0.1718), abs=5e-5)
     with pytest.raises(ValueError, match="3 of 2 succeeded"):
-        share(3, 2)
+        wilson_interval(3, 2)
 
 
 def guesses(p: float, images: int, alike: float, generator: torch.Generator, *, candidates: int = 20) -> torch.Tensor:
@@ -46,11 +46,11 @@ def test_best_of_many_covers_the_truth_at_its_level(
     simplicity = list(range(candidates)) if simplest else None
     for trial in range(TRIALS):
         outcomes = guesses(p, images, alike, generator, candidates=candidates)
-        found = best_of_many(outcomes, simplicity, seed=trial)
+        found = bias_corrected_best(outcomes, simplicity, seed=trial)
         assert 0 <= found.low <= found.estimate <= found.high <= 1
         assert found.low < found.high
         covered += found.low <= p <= found.high
-        naive = share(int(outcomes.sum(1).max()), images)
+        naive = wilson_interval(int(outcomes.sum(1).max()), images)
         uncorrected += naive.low <= p <= naive.high
     # 0.95 within three standard errors of the number of trials
     assert covered / TRIALS >= 0.95 - 0.033
@@ -66,7 +66,7 @@ def test_the_score_of_a_clear_winner_is_left_as_it_is(simplest: bool) -> None:
     for trial in range(TRIALS):
         outcomes = guesses(0.6, 100, 0, generator)
         outcomes[7] = guesses(0.9, 100, 0, generator, candidates=1)[0]
-        found = best_of_many(outcomes, simplicity, seed=trial)
+        found = bias_corrected_best(outcomes, simplicity, seed=trial)
         covered += found.low <= 0.9 <= found.high
         estimates.append(found.estimate)
     assert covered / TRIALS >= 0.95 - 0.033
@@ -74,10 +74,10 @@ def test_the_score_of_a_clear_winner_is_left_as_it_is(simplest: bool) -> None:
 
 
 def test_all_right_on_few_images_is_no_certainty() -> None:
-    found = best_of_many(torch.ones(20, 4, dtype=torch.bool), list(range(20)))
-    assert found == share(4, 4)
+    found = bias_corrected_best(torch.ones(20, 4, dtype=torch.bool), list(range(20)))
+    assert found == wilson_interval(4, 4)
     assert found.low < 0.6
 
 
 def test_one_candidate_has_the_usual_interval() -> None:
-    assert best_of_many((torch.arange(400) < 300)[None]) == share(300, 400)
+    assert bias_corrected_best((torch.arange(400) < 300)[None]) == wilson_interval(300, 400)

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from tests.doubles import TinyBackbone
 from tl_lightning.backbones import Backbone
-from tl_lightning.features import FeatureStore, content_keys, extract, recipe_of
-from tl_lightning.features.extraction import Extracted
+from tl_lightning.features import FeatureStore, cache_key_of, content_keys, extract
+from tl_lightning.features.extraction import ExtractionStats
 from tl_lightning.images import read_image
 from tl_lightning.transforms import eval_transform
 
@@ -21,13 +21,13 @@ def names_in(root: Path) -> dict[str, str]:
 
 
 def store(cache: Path, backbone: Backbone, boundary: str = "head", dtype: str = "float32") -> FeatureStore:
-    recipe = recipe_of(backbone, boundary, background=(255, 255, 255), dtype=dtype)
-    return FeatureStore(cache / recipe.folder, recipe)
+    cache_key = cache_key_of(backbone, boundary, background=(255, 255, 255), dtype=dtype)
+    return FeatureStore(cache / cache_key.folder, cache_key)
 
 
 def fill(
     root: Path, stores: Sequence[FeatureStore], backbone: Backbone | None = None, seen: list[str] | None = None
-) -> Extracted:
+) -> ExtractionStats:
     """Extract a folder into stores; ``seen`` collects the files that were read."""
     backbone = TinyBackbone() if backbone is None else backbone
     names = names_in(root)

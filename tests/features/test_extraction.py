@@ -17,9 +17,9 @@ import torch
 from tests.doubles import TinyBackbone, image_folder
 from tests.features.images import contents, fill, names_in, store
 from tests.ranks import run_on_ranks
-from tl_lightning.features import extraction, folder_for, recipe_of
+from tl_lightning.features import cache_key_of, extraction, folder_for
 from tl_lightning.features import store as stores
-from tl_lightning.features.files import Block
+from tl_lightning.features._manifest import Block
 
 BOUNDARIES = ("head", "layer2")
 FORK = multiprocessing.get_context("fork")  # a new interpreter would take seconds to import torch
@@ -173,9 +173,9 @@ def choose(factor: float, cache: Path, begin: Any, chosen: Any) -> None:
     torch.set_num_threads(1)
     backbone = TinyBackbone()
     backbone.get_submodule("model.stem.norm").register_forward_hook(lambda _, args, output: output * factor)
-    recipe = recipe_of(backbone, "head", background=(255,) * 3)
+    cache_key = cache_key_of(backbone, "head", background=(255,) * 3)
     begin.wait()
-    chosen.put((factor, folder_for(cache, backbone, recipe).name))
+    chosen.put((factor, folder_for(cache, backbone, cache_key).name))
 
 
 def test_runs_with_other_code_at_once_have_a_folder_each(tmp_path: Path) -> None:
@@ -234,9 +234,9 @@ def failing_on_ranks(world: int, root: str, cache: str) -> list[str]:
     made = store(Path(cache), backbones[0])
     images, other = Path(root), Path(cache).with_name("other")
     with ranks():
-        recipes = [recipe_of(backbone, "head", background=(255,) * 3) for backbone in backbones]
+        cache_keys = [cache_key_of(backbone, "head", background=(255,) * 3) for backbone in backbones]
         found = [said(partial(fill, images, [made]))]
-        found += [said(partial(folder_for, other, b, r)) for b, r in zip(backbones[1:], recipes[1:], strict=True)]
+        found += [said(partial(folder_for, other, b, r)) for b, r in zip(backbones[1:], cache_keys[1:], strict=True)]
         found += [said(partial(fill, images, [store(other, b)], b)) for b in backbones[1:]]
         if os.environ["LOCAL_RANK"] == "0":
             Path(f"{made.folder}.lock").unlink()

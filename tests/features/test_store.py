@@ -18,16 +18,16 @@ from tests.features.images import contents, fill, names_in, store
 from tl_lightning.backbones import EfficientNetLite
 from tl_lightning.features import (
     DamagedStoreError,
+    FeatureRows,
     FeatureStore,
     StaleStoreError,
-    StoredRows,
-    estimate,
+    cache_key_of,
     folder_for,
-    recipe_of,
 )
-from tl_lightning.features.files import Layout
-from tl_lightning.features.messages import describe_gaps
-from tl_lightning.features.shards import write_shard
+from tl_lightning.features._disk_space import advice as advice_of
+from tl_lightning.features._manifest import Layout
+from tl_lightning.features._messages import describe_gaps
+from tl_lightning.features._shards import write_shard
 from tl_lightning.images import read_image
 from tl_lightning.transforms import eval_transform
 
@@ -74,7 +74,7 @@ def test_rows_keep_the_layout_of_the_network(root: Path, tmp_path: Path) -> None
     keys = list(names_in(root))
     images = torch.stack([eval_transform(TINY)(read_image(root / name)) for name in list(names_in(root).values())[:8]])
     expected = backbone.split("layer2")[0](images)
-    for found in (made.read(keys[:8]), StoredRows(made, keys, CPU).take(torch.arange(8))):
+    for found in (made.read(keys[:8]), FeatureRows(made, keys, CPU).take(torch.arange(8))):
         assert torch.equal(found, expected)
         assert found.stride()[1:] == expected.stride()[1:]
 
@@ -84,7 +84,7 @@ def test_rows_on_disk_are_the_rows_in_memory(root: Path, tmp_path: Path) -> None
     for each in made:
         fill(root, [each])
         keys = list(names_in(root))
-        resident, mapped = StoredRows(each, keys, CPU), StoredRows(each, keys, CPU, share=0.0)
+        resident, mapped = FeatureRows(each, keys, CPU), FeatureRows(each, keys, CPU, share=0.0)
         assert resident.resident is not None
         assert mapped.resident is None
         places = torch.randperm(len(keys))[:30]
@@ -127,24 +127,24 @@ def test_every_change_is_caught_by_name(root: Path, tmp_path: Path) -> None:
     moved = TinyBackbone()
     moved.get_buffer("model.layer1.norm.running_mean")[0] += 1e-3
     others = {
-        "weights": recipe_of(
+        "weights": cache_key_of(
             change_a_weight(TinyBackbone(), "model.layer1.conv.weight"), "layer2", background=(255,) * 3
         ),
-        "weights ": recipe_of(moved, "layer2", background=(255,) * 3),
-        "preprocessing": recipe_of(cropped, "layer2", background=(255,) * 3),
-        "preprocessing ": recipe_of(TinyBackbone(), "layer2", background=(0, 0, 0)),
-        "boundary": recipe_of(TinyBackbone(), "layer3", background=(255,) * 3),
-        "dtype": recipe_of(TinyBackbone(), "layer2", background=(255,) * 3, dtype="float16"),
-        "augmentation": recipe_of(TinyBackbone(), "layer2", background=(255,) * 3, augmentation="flips"),
-        "backbone": recipe_of(TinyBackbone(chance=0.1), "layer2", background=(255,) * 3),
+        "weights ": cache_key_of(moved, "layer2", background=(255,) * 3),
+        "preprocessing": cache_key_of(cropped, "layer2", background=(255,) * 3),
+        "preprocessing ": cache_key_of(TinyBackbone(), "layer2", background=(0, 0, 0)),
+        "boundary": cache_key_of(TinyBackbone(), "layer3", background=(255,) * 3),
+        "dtype": cache_key_of(TinyBackbone(), "layer2", background=(255,) * 3, dtype="float16"),
+        "augmentation": cache_key_of(TinyBackbone(), "layer2", background=(255,) * 3, augmentation="flips"),
+        "backbone": cache_key_of(TinyBackbone(chance=0.1), "layer2", background=(255,) * 3),
     }
-    for field, recipe in others.items():
+    for field, cache_key in others.items():
         with pytest.raises(StaleStoreError, match=f"do not fit: (.*; )?{field.strip()} is .* and was "):
-            FeatureStore(made.folder, recipe)
-        assert recipe.folder != made.recipe.folder
+            FeatureStore(made.folder, cache_key)
+        assert cache_key.folder != made.cache_key.folder
     # What comes after the boundary plays no part.
-    later = recipe_of(change_a_weight(TinyBackbone(), "model.layer3.conv.weight"), "layer2", background=(255,) * 3)
-    assert later == made.recipe
+    later = cache_key_of(change_a_weight(TinyBackbone(), "model.layer3.conv.weight"), "layer2", background=(255,) * 3)
+    assert later == made.cache_key
 
     fresh = store(tmp_path / "cache", cropped, "layer2")
     assert describe_gaps(fresh, names_in(root)) == "those that are stored there stay, and differ in preprocessing"
@@ -162,29 +162,29 @@ def edited(factor: float = 1.01) -> TinyBackbone:
 def test_other_code_has_a_store_of_its_own(root: Path, tmp_path: Path, boundary: str) -> None:
     cache, keys = tmp_path / "cache", list(names_in(root))
     made = store(cache, TinyBackbone(), boundary)
-    assert folder_for(cache, TinyBackbone(), made.recipe) == made.folder
+    assert folder_for(cache, TinyBackbone(), made.cache_key) == made.folder
     fill(root, [made])
-    assert recipe_of(edited(), boundary, background=(255,) * 3) == made.recipe
+    assert cache_key_of(edited(), boundary, background=(255,) * 3) == made.cache_key
     with pytest.raises(StaleStoreError, match=f"{made.folder.name}' do not fit: .*of a test pattern .* by other code"):
         fill(root, [store(cache, edited(), boundary)], edited())
 
-    second = FeatureStore(folder_for(cache, edited(), made.recipe), made.recipe)
+    second = FeatureStore(folder_for(cache, edited(), made.cache_key), made.cache_key)
     assert second.folder != made.folder
     assert describe_gaps(second, names_in(root)) == "those that are stored there stay, and were made by other code"
     assert fill(root, [second], edited()).rows == 41
     assert not torch.equal(second.read(keys), made.read(keys))
     for backbone, its in ((TinyBackbone(), made), (edited(), second)):
-        found = FeatureStore(folder_for(cache, backbone, made.recipe), made.recipe)
+        found = FeatureStore(folder_for(cache, backbone, made.cache_key), made.cache_key)
         assert found.folder == its.folder
         assert fill(root, [found], backbone).rows == 0
-    assert folder_for(cache, edited(1.5), made.recipe) not in (made.folder, second.folder)
+    assert folder_for(cache, edited(1.5), made.cache_key) not in (made.folder, second.folder)
 
 
 def test_what_other_code_left_unfinished_is_not_taken(root: Path, tmp_path: Path) -> None:
     made = store(tmp_path / "cache", TinyBackbone())
     fill(root, [made])
     (made.folder / "manifest.json").unlink()  # as if it had been killed before
-    found = FeatureStore(folder_for(tmp_path / "cache", edited(), made.recipe), made.recipe)
+    found = FeatureStore(folder_for(tmp_path / "cache", edited(), made.cache_key), made.cache_key)
     assert found.folder != made.folder
     assert fill(root, [found], edited()).rows == 41
 
@@ -192,15 +192,16 @@ def test_what_other_code_left_unfinished_is_not_taken(root: Path, tmp_path: Path
 @pytest.mark.parametrize("place", ["5.0.bn2", "4.2.bn2", "3.2.bn1", "5.0.bn1", "4.2.bn1"])
 def test_a_cap_that_few_inputs_reach_is_noticed(tmp_path: Path, place: str) -> None:
     backbone = EfficientNetLite()
-    recipe = recipe_of(backbone, "head", background=(255,) * 3)
-    folder = folder_for(tmp_path, backbone, recipe)
+    cache_key = cache_key_of(backbone, "head", background=(255,) * 3)
+    folder = folder_for(tmp_path, backbone, cache_key)
     assert (
-        folder_for(tmp_path, EfficientNetLite(), recipe_of(EfficientNetLite(), "head", background=(255,) * 3)) == folder
+        folder_for(tmp_path, EfficientNetLite(), cache_key_of(EfficientNetLite(), "head", background=(255,) * 3))
+        == folder
     )
     module, norm = place.rsplit(".", 1)
     getattr(backbone.get_submodule(f"model.blocks.{module}"), norm).act.forward = torch.relu  # where ReLU6 was
-    assert recipe_of(backbone, "head", background=(255,) * 3) == recipe
-    assert folder_for(tmp_path, backbone, recipe) != folder
+    assert cache_key_of(backbone, "head", background=(255,) * 3) == cache_key
+    assert folder_for(tmp_path, backbone, cache_key) != folder
 
 
 class Unsteady(TinyBackbone):
@@ -217,11 +218,11 @@ class Unsteady(TinyBackbone):
 
 @pytest.mark.parametrize("by", ["chance", "neighbours"])
 def test_rows_that_do_not_depend_on_the_image_alone_are_refused(tmp_path: Path, by: str) -> None:
-    recipe = recipe_of(Unsteady(by), "head", background=(255,) * 3)
+    cache_key = cache_key_of(Unsteady(by), "head", background=(255,) * 3)
     with pytest.raises(
         ValueError, match="what Unsteady makes of an image is not the same each time, even in eval mode"
     ):
-        folder_for(tmp_path, Unsteady(by), recipe)
+        folder_for(tmp_path, Unsteady(by), cache_key)
 
 
 class Doubled(TinyBackbone):
@@ -231,18 +232,18 @@ class Doubled(TinyBackbone):
 
 
 def test_stages_that_do_not_make_the_features_are_refused(tmp_path: Path) -> None:
-    recipe = recipe_of(Doubled(), "layer2", background=(255,) * 3)
+    cache_key = cache_key_of(Doubled(), "layer2", background=(255,) * 3)
     with pytest.raises(ValueError, match="Doubled makes other features of an image than its stages do"):
-        folder_for(tmp_path, Doubled(), recipe)
+        folder_for(tmp_path, Doubled(), cache_key)
 
 
 def test_network_of_16_bits_whose_layout_nobody_has_chosen(root: Path, tmp_path: Path) -> None:
     for file in sorted(root.rglob("*.png"))[2:]:
         file.unlink()
     backbone = EfficientNetLite(image_size=64).half()
-    recipe = recipe_of(backbone, "head", background=(255,) * 3)
+    cache_key = cache_key_of(backbone, "head", background=(255,) * 3)
     for rows in (2, 0):
-        found = FeatureStore(folder_for(tmp_path / "cache", backbone, recipe), recipe)
+        found = FeatureStore(folder_for(tmp_path / "cache", backbone, cache_key), cache_key)
         assert fill(root, [found], backbone).rows == rows
 
 
@@ -271,18 +272,18 @@ def test_rows_of_unknown_code_are_not_served(root: Path, tmp_path: Path, text: s
         with pytest.raises(
             DamagedStoreError, match=r"response\.json' cannot be read .*remove its folder and run again"
         ):
-            folder_for(tmp_path / "cache", TinyBackbone(), made.recipe)
+            folder_for(tmp_path / "cache", TinyBackbone(), made.cache_key)
         return
-    found = folder_for(tmp_path / "cache", TinyBackbone(), made.recipe)
+    found = folder_for(tmp_path / "cache", TinyBackbone(), made.cache_key)
     assert found != made.folder
-    assert folder_for(tmp_path / "cache", TinyBackbone(), made.recipe) == found
+    assert folder_for(tmp_path / "cache", TinyBackbone(), made.cache_key) == found
 
 
 def test_rounding_is_no_other_code(root: Path, tmp_path: Path) -> None:
     made = store(tmp_path / "cache", TinyBackbone())
     fill(root, [made])
     for rounded in (edited(1 + 1e-6), TinyBackbone().to(memory_format=torch.channels_last)):
-        assert folder_for(tmp_path / "cache", rounded, made.recipe) == made.folder
+        assert folder_for(tmp_path / "cache", rounded, made.cache_key) == made.folder
 
 
 def test_changed_and_new_images_are_computed_alone(root: Path, tmp_path: Path) -> None:
@@ -324,7 +325,7 @@ def test_a_damaged_shard_is_named_and_rebuilt_alone(root: Path, tmp_path: Path) 
     shard.write_bytes(data)
 
     keys = list(names_in(root))
-    again = FeatureStore(made.folder, made.recipe)
+    again = FeatureStore(made.folder, made.cache_key)
     assert len(again.read(keys[:16])) == 16  # the other shard is as good as before
     with pytest.raises(DamagedStoreError, match=f"{shard.name}.*remove this file and run again, and its 16 rows alone"):
         again.read(keys)
@@ -359,9 +360,9 @@ def test_a_shard_that_was_cut_short_is_computed_anew(root: Path, tmp_path: Path)
     [
         "",
         "{",
-        '{"recipe": 3}',
+        '{"cache_key": 3}',
         "[]",
-        '{"recipe": {"format": 1}, "shards": [], "row_shape": [1], "channels_last": false}',
+        '{"cache_key": {"format": 1}, "shards": [], "row_shape": [1], "channels_last": false}',
     ],
 )
 def test_a_damaged_manifest_is_named(root: Path, tmp_path: Path, text: str) -> None:
@@ -371,7 +372,7 @@ def test_a_damaged_manifest_is_named(root: Path, tmp_path: Path, text: str) -> N
     manifest = made.folder / "manifest.json"
     manifest.write_text(text)
     with pytest.raises(DamagedStoreError, match=re.escape(str(manifest)) + ".*remove its folder and run again"):
-        FeatureStore(made.folder, made.recipe)
+        FeatureStore(made.folder, made.cache_key)
     shutil.rmtree(made.folder)
     seen: list[str] = []
     fill(root, [store(tmp_path / "cache", TinyBackbone())], seen=seen)
@@ -384,10 +385,10 @@ def test_a_later_format_is_named(root: Path, tmp_path: Path) -> None:
     fill(root, [made])
     manifest = made.folder / "manifest.json"
     content = json.loads(manifest.read_text())
-    content["recipe"]["format"] = 99
+    content["cache_key"]["format"] = 99
     manifest.write_text(json.dumps(content))
     with pytest.raises(StaleStoreError, match="format 99"):
-        FeatureStore(made.folder, made.recipe)
+        FeatureStore(made.folder, made.cache_key)
 
 
 def test_too_little_space_is_said_before_anything_is_computed(
@@ -409,7 +410,7 @@ def test_what_will_not_pay_is_said_with_the_arithmetic() -> None:
             measured.append(seconds)
             return seconds
 
-        return estimate.advice(layout, "float32", rows, measure)
+        return advice_of(layout, "float32", rows, measure)
 
     assert advice(small, 1_000_000, 0.004) == ""
     assert not measured, "two batches were run to find what is plain: a small row is read faster than any network runs"

@@ -16,8 +16,8 @@ from tests.doubles import DropoutProbe, TinyBackbone, image_folder
 from tl_lightning.backbones import TorchvisionBackbone
 from tl_lightning.cli import main
 from tl_lightning.data import ImageFolderDataModule
-from tl_lightning.fingerprints import fingerprint
 from tl_lightning.modules import LinearProbe, TransferClassifier
+from tl_lightning.utils.hashing import fingerprint
 
 
 def run_python(code: str, *args: object) -> str:

@@ -16,9 +16,9 @@ from tests.doubles import TinyBackbone, image_folder
 from tests.ranks import run_on_ranks
 from tests.staged import images, trainer
 from tl_lightning.callbacks import EMA, StagedUnfreezing
-from tl_lightning.fingerprints import fingerprint
 from tl_lightning.heads import ClassMeanHead, HeadCallable, LogisticRegressionHead, MLPHead, NearestNeighbourHead
 from tl_lightning.modules import FeatureCacheClassifier, LinearProbe
+from tl_lightning.utils.hashing import fingerprint
 
 HEADS: dict[str, HeadCallable] = {
     "logistic regression": LogisticRegressionHead,

@@ -11,8 +11,8 @@ from tests.doubles import TinyBackbone
 from tl_lightning.backbones import Backbone, TimmBackbone, TorchvisionBackbone
 from tl_lightning.batch import Batch
 from tl_lightning.data import ImageFolderDataModule
-from tl_lightning.fingerprints import fingerprint
 from tl_lightning.modules import LinearProbe, TransferClassifier
+from tl_lightning.utils.hashing import fingerprint
 
 
 def trainer(folder: Path, **options: Any) -> pl.Trainer:

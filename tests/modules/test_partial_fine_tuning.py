@@ -20,9 +20,9 @@ from tl_lightning.backbones import Backbone, TimmBackbone, TorchvisionBackbone
 from tl_lightning.batch import Batch
 from tl_lightning.callbacks import StagedUnfreezing
 from tl_lightning.data import ImageFolderDataModule
-from tl_lightning.fingerprints import fingerprint
 from tl_lightning.heads import CosineHead, MLPHead
 from tl_lightning.modules import LinearProbe, PartialFineTuning, TransferClassifier
+from tl_lightning.utils.hashing import fingerprint
 
 
 def groups_of(model: TransferClassifier) -> dict[str, list[str]]:
@@ -203,7 +203,7 @@ def test_head_of_ones_own_comes_back(photos: Path, tmp_path: Path) -> None:
     run.save_checkpoint(tmp_path / "a.ckpt")
     again = PartialFineTuning.load_from_checkpoint(tmp_path / "a.ckpt")
     assert isinstance(again.head, MLPHead)
-    assert again.staging.trainable == ("layer2", "layer3")
+    assert again.freeze_policy.trainable == ("layer2", "layer3")
     pictures = torch.randn(3, 3, 16, 16)
     model.eval()
     with torch.no_grad():
@@ -251,13 +251,13 @@ def test_continuing_from_a_boundary_gives_the_same_scores(first: str) -> None:
     pictures = torch.randn(4, 3, 16, 16)
     with torch.no_grad():
         expected = model(pictures)
-        for stage in model.staging.trainable:
+        for stage in model.freeze_policy.trainable:
             inputs = model.backbone.split(stage)[0](pictures)
             assert torch.equal(model.forward_from(inputs, stage), expected)
         assert torch.equal(model.forward_from(model.backbone(pictures), "head"), expected)
 
 
-# Classic recipes, each with the mistake that is usually in it ---------------------------------------------------------
+# Classic cache_keys, each with the mistake that is usually in it ---------------------------------------------------------
 
 
 def stages_of(names: set[str]) -> set[str]:
@@ -317,7 +317,7 @@ def test_resnet18_with_its_last_stage_unfrozen(tmp_path: Path) -> None:
 
 def test_number_of_stages_may_be_a_word() -> None:
     """A command line has words only."""
-    assert classifier(unfreeze_from="2").staging.trainable == classifier(unfreeze_from=2).staging.trainable
+    assert classifier(unfreeze_from="2").freeze_policy.trainable == classifier(unfreeze_from=2).freeze_policy.trainable
 
 
 def test_stage_that_is_called_head_is_no_classifier() -> None:

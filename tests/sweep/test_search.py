@@ -8,23 +8,28 @@ import torch
 from torch import nn
 
 from tests.heads.test_logistic import samples
-from tl_lightning.data.order import EpochBatches
-from tl_lightning.evaluation import share
+from tl_lightning.data.sampler import DistributedBatchSampler
+from tl_lightning.evaluation import wilson_interval
 from tl_lightning.heads import LinearHead, MLPHead
-from tl_lightning.sweep.candidate import WHOLE, Candidate
-from tl_lightning.sweep.search import Found, Samples, search
-from tl_lightning.sweep.training import Rates
+from tl_lightning.sweep.candidates import WHOLE, Candidate
+from tl_lightning.sweep.search import LabelledFeatures, SearchResult, search
+from tl_lightning.sweep.training import HeadOptions
 
-GRID = [Candidate(LinearHead, Rates(lr, decay)) for lr in (1e-4, 1e-3, 1e-2, 1e-1) for decay in (0.0, 0.1, 1.0)]
+GRID = [Candidate(LinearHead, HeadOptions(lr, decay)) for lr in (1e-4, 1e-3, 1e-2, 1e-1) for decay in (0.0, 0.1, 1.0)]
 
 
 def run(
-    train: Samples, val: Samples, classes: int, seed: int = 0, candidates: Sequence[Candidate] = GRID, **options: object
-) -> Found:
+    train: LabelledFeatures,
+    val: LabelledFeatures,
+    classes: int,
+    seed: int = 0,
+    candidates: Sequence[Candidate] = GRID,
+    **options: object,
+) -> SearchResult:
     defaults: dict[str, object] = {
         "epochs": 3,
-        "order": partial(EpochBatches, batch_size=32, shuffle=True, seed=seed),
-        "drawn_from": torch.Generator().manual_seed(seed).get_state(),
+        "order": partial(DistributedBatchSampler, batch_size=32, shuffle=True, seed=seed),
+        "rng_state": torch.Generator().manual_seed(seed).get_state(),
     }
     loss = nn.functional.cross_entropy
     return search(candidates, train, val, num_classes=classes, loss=loss, seed=seed, **(defaults | options))  # type: ignore[arg-type]
@@ -34,7 +39,10 @@ def run(
 def test_what_learns_is_chosen(folds: int) -> None:
     features, target = samples(3, count=600)
     found = run(
-        Samples({WHOLE: features[:400]}, target[:400]), Samples({WHOLE: features[400:]}, target[400:]), 3, folds=folds
+        LabelledFeatures({WHOLE: features[:400]}, target[:400]),
+        LabelledFeatures({WHOLE: features[400:]}, target[400:]),
+        3,
+        folds=folds,
     )
     best = found.accuracy.max()
     assert best - found.accuracy[found.chosen] < 0.04
@@ -46,13 +54,13 @@ def test_simpler_means_smaller_then_more_decay_then_slower() -> None:
     features, target = samples(2, count=300)
     features = features + 30 * torch.nn.functional.one_hot(target, 30)  # everybody is right
     candidates = [
-        Candidate(partial(MLPHead, hidden=(4,)), Rates(1e-2, 1.0)),
-        Candidate(LinearHead, Rates(1e-2, 0.1)),
-        Candidate(LinearHead, Rates(1e-2, 1.0)),
-        Candidate(LinearHead, Rates(3e-3, 1.0)),
+        Candidate(partial(MLPHead, hidden=(4,)), HeadOptions(1e-2, 1.0)),
+        Candidate(LinearHead, HeadOptions(1e-2, 0.1)),
+        Candidate(LinearHead, HeadOptions(1e-2, 1.0)),
+        Candidate(LinearHead, HeadOptions(3e-3, 1.0)),
     ]
-    half = Samples({WHOLE: features[:200]}, target[:200])
-    found = run(half, Samples({WHOLE: features[200:]}, target[200:]), 2, candidates=candidates, epochs=20)
+    half = LabelledFeatures({WHOLE: features[:200]}, target[:200])
+    found = run(half, LabelledFeatures({WHOLE: features[200:]}, target[200:]), 2, candidates=candidates, epochs=20)
     assert (found.accuracy == 1).all()
     assert found.chosen == 3
 
@@ -60,17 +68,20 @@ def test_simpler_means_smaller_then_more_decay_then_slower() -> None:
 def test_what_diverges_is_not_chosen() -> None:
     features, target = samples(2, count=300)
     target = torch.where(torch.arange(300) < 240, 0, target)  # most are of the class that a head without sense names
-    half = Samples({WHOLE: features[:200]}, target[:200])
-    candidates = [Candidate(LinearHead, Rates(1e-3, 0.0)), Candidate(LinearHead, Rates(1e30, 1e30))]
-    found = run(half, Samples({WHOLE: features[200:]}, target[200:]), 2, candidates=candidates)
+    half = LabelledFeatures({WHOLE: features[:200]}, target[:200])
+    candidates = [Candidate(LinearHead, HeadOptions(1e-3, 0.0)), Candidate(LinearHead, HeadOptions(1e30, 1e30))]
+    found = run(half, LabelledFeatures({WHOLE: features[200:]}, target[200:]), 2, candidates=candidates)
     assert found.chosen == 0
     assert found.accuracy[1] == 0
 
 
 def test_a_head_is_the_same_whatever_else_is_tried() -> None:
     features, target = samples(2, count=300)
-    half, rest = Samples({WHOLE: features[:200]}, target[:200]), Samples({WHOLE: features[200:]}, target[200:])
-    dropping = [Candidate(partial(MLPHead, hidden=(8,), dropout=0.5), Rates(lr, 0.0)) for lr in (1e-2, 3e-3)]
+    half, rest = (
+        LabelledFeatures({WHOLE: features[:200]}, target[:200]),
+        LabelledFeatures({WHOLE: features[200:]}, target[200:]),
+    )
+    dropping = [Candidate(partial(MLPHead, hidden=(8,), dropout=0.5), HeadOptions(lr, 0.0)) for lr in (1e-2, 3e-3)]
     among = run(half, rest, 2, candidates=dropping)
     alone = run(half, rest, 2, candidates=dropping[1:])
     assert among.loss[1] == alone.loss[0]
@@ -88,14 +99,14 @@ def test_shuffled_labels_are_chance() -> None:
         features = torch.randn(360, 8, generator=generator)
         target = torch.randint(0, 2, (360,), generator=generator)
         train, val = (
-            Samples({WHOLE: features[:100]}, target[:100]),
-            Samples({WHOLE: features[100:200]}, target[100:200]),
+            LabelledFeatures({WHOLE: features[:100]}, target[:100]),
+            LabelledFeatures({WHOLE: features[100:200]}, target[100:200]),
         )
         found = run(train, val, 2, seed=trial, epochs=1)
         covered += found.interval.low <= 0.5 <= found.interval.high
         # The winner, on images that nothing was chosen by.
         guesses = found.head(features[200:]).argmax(1)
-        accuracy = share(int((guesses == target[200:]).sum()), 160)
+        accuracy = wilson_interval(int((guesses == target[200:]).sum()), 160)
         tested += accuracy.low <= 0.5 <= accuracy.high
     assert covered / TRIALS >= 0.95 - 0.047  # three standard errors of 200 trials
     assert tested / TRIALS >= 0.95 - 0.047
@@ -104,11 +115,11 @@ def test_shuffled_labels_are_chance() -> None:
 def test_nothing_to_compare() -> None:
     features, target = samples(2)
     with pytest.raises(ValueError, match="nothing to compare"):
-        run(Samples({WHOLE: features}, target), Samples({WHOLE: features}, target), 2, candidates=[])
+        run(LabelledFeatures({WHOLE: features}, target), LabelledFeatures({WHOLE: features}, target), 2, candidates=[])
 
 
 def test_one_validation_image_is_too_few() -> None:
     features, target = samples(2)
-    train, one = Samples({WHOLE: features}, target), Samples({WHOLE: features[:1]}, target[:1])
+    train, one = LabelledFeatures({WHOLE: features}, target), LabelledFeatures({WHOLE: features[:1]}, target[:1])
     with pytest.raises(ValueError, match="1 validation images to choose by"):
         run(train, one, 2)

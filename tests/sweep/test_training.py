@@ -8,15 +8,15 @@ import torch
 from torch import Tensor, nn
 
 from tests.heads.test_logistic import samples
-from tl_lightning.data.order import EpochBatches
+from tl_lightning.data.sampler import DistributedBatchSampler
 from tl_lightning.heads import LinearHead, MLPHead
 from tl_lightning.sweep import training as module
-from tl_lightning.sweep.training import Advance, Rates, Training, train, train_alone, train_together
+from tl_lightning.sweep.training import Advance, HeadOptions, Training, train, train_alone, train_together
 
 
 def work(classes: int = 3, count: int = 230, features: int = 20, epochs: int = 4) -> Training:
     made, target = samples(classes, count=count, features=features)
-    order = EpochBatches(count, 32, shuffle=True, seed=1)
+    order = DistributedBatchSampler(count, 32, shuffle=True, seed=1)
 
     def batches(epoch: int) -> Iterator[Tensor]:
         order.set_epoch(epoch)
@@ -25,10 +25,12 @@ def work(classes: int = 3, count: int = 230, features: int = 20, epochs: int = 4
     return Training(made, target, batches, epochs, nn.functional.cross_entropy)
 
 
-def fifty(classes: int, features: int, standardize: bool) -> tuple[list[LinearHead], list[Rates]]:
+def fifty(classes: int, features: int, standardize: bool) -> tuple[list[LinearHead], list[HeadOptions]]:
     torch.manual_seed(0)
     head = LinearHead(features, classes, standardize=standardize)
-    rates = [Rates(lr, decay) for lr in torch.logspace(-4, -1, 10).tolist() for decay in (0.0, 1e-3, 1e-2, 0.1, 1.0)]
+    rates = [
+        HeadOptions(lr, decay) for lr in torch.logspace(-4, -1, 10).tolist() for decay in (0.0, 1e-3, 1e-2, 0.1, 1.0)
+    ]
     return [copy.deepcopy(head) for _ in rates], rates
 
 
@@ -63,7 +65,7 @@ def test_another_loss_is_used() -> None:
 def test_what_is_slower_together_or_cannot_be_is_trained_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     batched: list[int] = []
 
-    def spy(heads: list[LinearHead], rates: list[Rates], training: Training, *advance: Advance) -> None:
+    def spy(heads: list[LinearHead], rates: list[HeadOptions], training: Training, *advance: Advance) -> None:
         batched.append(len(heads))
         train_together(heads, rates, training, *advance)
 

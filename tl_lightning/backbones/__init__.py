@@ -1,8 +1,8 @@
 """Backbones: networks as an ordered sequence of named stages, then a pooling."""
 
+from tl_lightning.backbones._tracing.segments import Segment, called_by, stages_of
 from tl_lightning.backbones.base import AuxiliaryHead, Backbone
 from tl_lightning.backbones.efficientnet_lite import EfficientNetLite
-from tl_lightning.backbones.segment import Segment, called_by, stages_of
 from tl_lightning.backbones.timm import TimmBackbone
 from tl_lightning.backbones.torchvision import TorchvisionBackbone
 from tl_lightning.backbones.traced import TracedBackbone

@@ -5,8 +5,8 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from tl_lightning.makeup import Recorded
 from tl_lightning.transforms import Preprocessing
+from tl_lightning.utils.serialization import InitArgsMixin
 
 
 class AuxiliaryHead(NamedTuple):
@@ -20,7 +20,7 @@ class AuxiliaryHead(NamedTuple):
     """Of its loss, where the main one has 1."""
 
 
-class Backbone(Recorded, nn.Module, ABC):
+class Backbone(InitArgsMixin, nn.Module, ABC):
     """An ordered sequence of named stages, then a pooling.
 
     A subclass that loads weights takes them as an argument named ``weights``, of which None loads nothing: that is how

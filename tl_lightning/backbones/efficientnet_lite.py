@@ -7,7 +7,7 @@ from pathlib import Path
 from tl_lightning.backbones.timm import preprocessing_of
 from tl_lightning.backbones.traced import TracedBackbone
 from tl_lightning.backbones.weights import is_path, load_file_into, read_weights
-from tl_lightning.messages import unknown
+from tl_lightning.utils.messages import unknown
 
 NAMES = ("efficientnet_lite0", "efficientnet_lite1", "efficientnet_lite2")
 

@@ -5,8 +5,8 @@ from typing import Any
 
 from tl_lightning.backbones.traced import TracedBackbone
 from tl_lightning.backbones.weights import is_path, load_file_into, with_download
-from tl_lightning.messages import unknown
 from tl_lightning.transforms import Preprocessing
+from tl_lightning.utils.messages import unknown
 
 
 class TimmBackbone(TracedBackbone):

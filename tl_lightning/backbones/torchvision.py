@@ -9,8 +9,8 @@ from torchvision.models import WeightsEnum
 from tl_lightning.backbones.base import AuxiliaryHead
 from tl_lightning.backbones.traced import TracedBackbone
 from tl_lightning.backbones.weights import is_path, load_file_into, with_download
-from tl_lightning.messages import unknown
 from tl_lightning.transforms import Preprocessing
+from tl_lightning.utils.messages import unknown
 
 _IMAGENET_CLASSES = 1000
 _AUXILIARY = {

@@ -6,18 +6,18 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor, fx, nn
 
+from tl_lightning.backbones._tracing.cut_points import FIRST_STAGE, Trace, find_stages, trace
+from tl_lightning.backbones._tracing.layout import to_map
+from tl_lightning.backbones._tracing.segments import Cut, Segment, Then
 from tl_lightning.backbones.base import Backbone
-from tl_lightning.backbones.layout import to_map
-from tl_lightning.backbones.segment import Cut, Segment, Then
-from tl_lightning.backbones.tracing import FIRST_STAGE, Trace, find_stages, trace
-from tl_lightning.messages import unknown
 from tl_lightning.transforms import Preprocessing
+from tl_lightning.utils.messages import unknown
 
 _INPUT: Cut = (-1, -1)
 
 
 class TracedBackbone(Backbone):
-    """Find the stages of a network by tracing it (see :mod:`tl_lightning.backbones.tracing`).
+    """Find the stages of a network by tracing it (see :mod:`tl_lightning.backbones._tracing.cut_points`).
 
     A network that cannot be traced, or cut anywhere, has a single stage, works as a whole, and says why when it is asked
     for another stage.

@@ -2,10 +2,10 @@
 
 from torch import Tensor, nn
 
+from tl_lightning.backbones._tracing.layout import MeanOverPlaces, to_map
 from tl_lightning.backbones.base import Backbone
-from tl_lightning.backbones.layout import MeanOverPlaces, to_map
 from tl_lightning.backbones.traced import TracedBackbone
-from tl_lightning.messages import unknown
+from tl_lightning.utils.messages import unknown
 
 
 class TruncatedBackbone(Backbone):

@@ -7,11 +7,11 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from tl_lightning.callbacks.staged_unfreezing import StagedUnfreezing
-from tl_lightning.callbacks.table import print_table
 from tl_lightning.data import CachedFeaturesDataModule, images_of
 from tl_lightning.freezing import HEAD
 from tl_lightning.modules import TransferClassifier
 from tl_lightning.optim import stage_of_group
+from tl_lightning.utils.console import print_table
 
 _NAMES_SHOWN = 12
 
@@ -64,7 +64,7 @@ def _staged(trainer: Trainer) -> StagedUnfreezing | None:
 def _ever_trained(trainer: Trainer, classifier: TransferClassifier) -> set[str]:
     staged = _staged(trainer)
     if staged is None:
-        return set(classifier.staging.trained)
+        return set(classifier.freeze_policy.trained)
     reached = (stage for epoch, stage in staged.schedule.items() if _is_reached(trainer, epoch))
     return {name for stage in reached for name in classifier.stages_from(stage)}
 
@@ -84,8 +84,8 @@ def _rate(group: dict[str, Any]) -> float:
 
 def _stages(trainer: Trainer, classifier: TransferClassifier) -> dict[str, str]:
     """Say what is frozen and what is trained: in all epochs, or from which epoch on."""
-    staging = classifier.staging
-    names = list(staging.stages)
+    freeze_policy = classifier.freeze_policy
+    names = list(freeze_policy.stages)
     head = sum(p.numel() for name, p in classifier.named_parameters() if not name.startswith("backbone."))
 
     def describe(chosen: Iterable[str]) -> str:
@@ -108,7 +108,7 @@ def _stages(trainer: Trainer, classifier: TransferClassifier) -> dict[str, str]:
             rows["frozen"] += ", at random: the backbone was made with weights=None"
     staged = _staged(trainer)
     if staged is None:
-        return rows | {"trained": describe(staging.trained)}
+        return rows | {"trained": describe(freeze_policy.trained)}
     schedule = {0: "head"} | staged.schedule
     for epoch, stage in schedule.items():
         late = "" if _is_reached(trainer, epoch) else " (never: the run is shorter)"
@@ -156,5 +156,5 @@ def _span(chosen: Sequence[str], names: Sequence[str]) -> str:
 
 
 def _size(classifier: TransferClassifier, names: Sequence[str]) -> str:
-    parameters = [name for stage in names for name in classifier.staging.stages[stage].parameters]
+    parameters = [name for stage in names for name in classifier.freeze_policy.stages[stage].parameters]
     return f"{sum(classifier.backbone.get_parameter(name).numel() for name in parameters):,}"

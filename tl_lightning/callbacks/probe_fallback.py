@@ -11,9 +11,9 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from tl_lightning.callbacks.staged_unfreezing import StagedUnfreezing
-from tl_lightning.messages import short_path
 from tl_lightning.modules import TransferClassifier
 from tl_lightning.modules import checkpoint as checkpoints
+from tl_lightning.utils.paths import short_path
 
 FILE = "probe.ckpt"
 
@@ -44,7 +44,7 @@ class ProbeFallback(Callback):
     def _forget(self) -> None:
         self.probe_score: float | None = None
         self.last_score: float | None = None
-        self.handed_back = False
+        self.reverted = False
         self._found = False  # the probe that a stage falls back on
         self._run = ""  # by which a run knows its probe
 
@@ -111,7 +111,7 @@ class ProbeFallback(Callback):
             ValueError: The run that is resumed was not validated before this stage, or its folder has lost the probe.
         """
         assert isinstance(pl_module, TransferClassifier)  # noqa: S101 - StagedUnfreezing has made sure
-        if not pl_module.staging.trained or self._found:
+        if not pl_module.freeze_policy.trained or self._found:
             return
         if self.probe_score is None:
             raise ValueError(
@@ -137,7 +137,7 @@ class ProbeFallback(Callback):
             rank_zero_info(f"{compared}: the fine-tuned weights stay")
             return
         pl_module.load_state_dict(saved["state_dict"])
-        self.handed_back = True
+        self.reverted = True
         rank_zero_warn(
             f"{compared}: the probe's weights are handed back. Use {short_path(self.path(trainer))}; last.ckpt is what fine-tuning ended "
             "with. Lower backbone_lr or train fewer stages"

@@ -14,13 +14,13 @@ from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
 from tl_lightning.freezing import HEAD
-from tl_lightning.modules import FrozenGuard, TransferClassifier, Unfreezes
+from tl_lightning.modules import FrozenGuard, StageSchedule, TransferClassifier
 from tl_lightning.optim import stage_of_group
 
 _NEVER = sys.maxsize
 
 
-class StagedUnfreezing(BaseFinetuning, Unfreezes):
+class StagedUnfreezing(BaseFinetuning, StageSchedule):
     """Train the head first, and from given epochs on the backbone from given stages on.
 
     The stage is a function of the epoch alone, so a resumed run, a second fit and a new trainer are at the right one.
@@ -110,7 +110,7 @@ class StagedUnfreezing(BaseFinetuning, Unfreezes):
                 f"{type(trainer.strategy).__name__} takes the parameters as they are when training begins, so nothing could "
                 "be unfrozen later: use strategy 'ddp', or ModelParallelStrategy for sharding"
             )
-        if not pl_module.staging.trainable:
+        if not pl_module.freeze_policy.trainable:
             raise ValueError(
                 f"{type(pl_module).__name__} never trains its backbone, so nothing can be unfrozen: use PartialFineTuning, with "
                 "the deepest stage of the schedule as unfreeze_from"
@@ -148,10 +148,10 @@ class StagedUnfreezing(BaseFinetuning, Unfreezes):
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Go to the stage of the epoch, and say so where it is another one."""
         assert isinstance(pl_module, TransferClassifier)  # noqa: S101 - setup has made sure
-        before = pl_module.staging.trained
+        before = pl_module.freeze_policy.trained
         self._go_to_stage(trainer, pl_module)
-        if pl_module.staging.trained != before:
-            names = [name for name in pl_module.staging.stages if name in pl_module.staging.trained]
+        if pl_module.freeze_policy.trained != before:
+            names = [name for name in pl_module.freeze_policy.stages if name in pl_module.freeze_policy.trained]
             pl_module.print(
                 f"epoch {trainer.current_epoch}: the head trains{', and ' if names else ' alone'}{', '.join(names)}"
             )
@@ -192,7 +192,7 @@ class StagedUnfreezing(BaseFinetuning, Unfreezes):
         begun = trainer.current_epoch >= max(self.schedule)
         for stopping, patience in self._patience.items():
             stopping.patience = patience if begun or self.stop_early else _NEVER
-        if pl_module.staging.trained == frozenset(pl_module.stages_from(self.stage_at(trainer.current_epoch))):
+        if pl_module.freeze_policy.trained == frozenset(pl_module.stages_from(self.stage_at(trainer.current_epoch))):
             return
         for callback in trainer.callbacks:  # type: ignore[attr-defined]  # Lightning's own list
             if isinstance(callback, FrozenGuard):

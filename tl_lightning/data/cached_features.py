@@ -9,18 +9,19 @@ from torch import Tensor
 
 from tl_lightning.backbones import Backbone
 from tl_lightning.batch import RunsFrom
+from tl_lightning.data._feature_cache import FeatureCache
+from tl_lightning.data.base import ResumableDataModule
 from tl_lightning.data.feature_loader import FeatureLoader
-from tl_lightning.data.folder import TRAIN, Samples, cache_folder
 from tl_lightning.data.image_folder import ImageFolderDataModule
 from tl_lightning.data.image_loader import ImageLoader
 from tl_lightning.data.loader import EpochLoader
 from tl_lightning.data.provenance import Provenance
-from tl_lightning.data.resumable import ResumableDataModule
-from tl_lightning.data.stored import StoredImages
-from tl_lightning.features import StoredRows, check_dtype, like
-from tl_lightning.features.messages import name_of
+from tl_lightning.data.splits import TRAIN, Samples
+from tl_lightning.features import FeatureRows, check_dtype, like
+from tl_lightning.features._messages import name_of
 from tl_lightning.freezing import HEAD
 from tl_lightning.transforms import Preprocessing
+from tl_lightning.utils.paths import cache_folder
 
 
 class CachedFeaturesDataModule(ResumableDataModule):
@@ -64,8 +65,8 @@ class CachedFeaturesDataModule(ResumableDataModule):
         self.backbone = backbone
         self.views = views
         folder = cache_folder() / "features" if cache_dir is None else Path(cache_dir)
-        self.stored = StoredImages(images, folder, dtype, views)
-        self._rows: dict[tuple[str, int | None], tuple[str, StoredRows]] = {}
+        self.cache = FeatureCache(images, folder, dtype, views)
+        self._rows: dict[tuple[str, int | None], tuple[str, FeatureRows]] = {}
 
     # What the images are --------------------------------------------------------------------------------------------
 
@@ -136,7 +137,7 @@ class CachedFeaturesDataModule(ResumableDataModule):
 
     def complete(self, boundaries: Collection[str]) -> None:
         """Compute and store what is not stored yet at these boundaries; on all ranks."""
-        self.stored.complete(self.network.to(self._device()), list(dict.fromkeys(boundaries)))
+        self.cache.complete(self.network.to(self._device()), list(dict.fromkeys(boundaries)))
 
     def features(self, split: str, boundary: str) -> Tensor:
         """Return what is stored of all images of a split, on the device.
@@ -153,7 +154,7 @@ class CachedFeaturesDataModule(ResumableDataModule):
                 "have one row of each"
             )
         files = self.splits[split].files
-        rows = self.stored.rows(self.network, boundary, files, None, self._device())
+        rows = self.cache.rows(self.network, boundary, files, None, self._device())
         return rows.take(torch.arange(len(files)))
 
     def describe(self) -> str:
@@ -167,14 +168,14 @@ class CachedFeaturesDataModule(ResumableDataModule):
         )
         return f"stored {boundaries}; {views}"
 
-    def _rows_at(self, split: str, epoch: int) -> tuple[str, StoredRows]:
+    def _rows_at(self, split: str, epoch: int) -> tuple[str, FeatureRows]:
         boundaries = self.boundaries(fitting=self._is_fitting())
         boundary = boundaries[max(first for first in boundaries if first <= epoch)]
         view = epoch % self.views if split == TRAIN and self.views else None
         known = self._rows.get((split, view))
         if known is None or known[0] != boundary:
             files = self.splits[split].files
-            self._rows[split, view] = boundary, self.stored.rows(self.network, boundary, files, view, self._device())
+            self._rows[split, view] = boundary, self.cache.rows(self.network, boundary, files, view, self._device())
         return self._rows[split, view]
 
     # Lightning's hooks ----------------------------------------------------------------------------------------------
@@ -190,7 +191,7 @@ class CachedFeaturesDataModule(ResumableDataModule):
         if self.images.preprocessing is None:
             self.images.preprocessing = self.network.preprocessing
         self.images.setup(stage)
-        self.stored.forget()
+        self.cache.forget()
         self._rows.clear()
 
     def train_dataloader(self) -> EpochLoader:

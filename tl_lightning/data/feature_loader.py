@@ -6,10 +6,10 @@ import torch
 
 from tl_lightning.batch import PADDING, Batch
 from tl_lightning.data.loader import EpochLoader
-from tl_lightning.data.order import EpochBatches
-from tl_lightning.features import StoredRows
+from tl_lightning.data.sampler import DistributedBatchSampler
+from tl_lightning.features import FeatureRows
 
-RowsAt = Callable[[int], tuple[str, StoredRows]]
+RowsAt = Callable[[int], tuple[str, FeatureRows]]
 """From an epoch to the boundary that is served in it, and the rows."""
 
 
@@ -22,7 +22,7 @@ class FeatureLoader(EpochLoader):
         batches: The order.
     """
 
-    def __init__(self, rows_at: RowsAt, targets: Sequence[int], batches: EpochBatches) -> None:
+    def __init__(self, rows_at: RowsAt, targets: Sequence[int], batches: DistributedBatchSampler) -> None:
         super().__init__(batches)
         self._rows_at = rows_at
         self._targets = torch.tensor(targets)

@@ -8,15 +8,15 @@ from lightning.fabric.utilities.data import suggested_max_num_workers
 from torch import Tensor
 from torchvision.transforms import v2
 
-from tl_lightning.chance import run_seed
-from tl_lightning.data.contents import FolderContents
-from tl_lightning.data.folder import Samples
+from tl_lightning.data._folder_index import FolderIndex
+from tl_lightning.data.base import ResumableDataModule
 from tl_lightning.data.image_loader import ImageDataset, ImageLoader, Transform
 from tl_lightning.data.loader import EpochLoader
 from tl_lightning.data.provenance import Provenance, describe_training_images, identify
-from tl_lightning.data.resumable import ResumableDataModule
+from tl_lightning.data.splits import Samples
 from tl_lightning.images import WHITE, ImageReader
 from tl_lightning.transforms import Flip, Preprocessing, eval_transform, train_transform
+from tl_lightning.utils.seeding import run_seed
 
 _MOST_WORKERS = 8
 _SPLITS_OF = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",)}
@@ -87,7 +87,7 @@ class ImageFolderDataModule(ResumableDataModule):
         self.background = (background[0], background[1], background[2])
         self.seed = run_seed() if seed is None else seed
         self.preprocessing = preprocessing
-        self.contents = FolderContents(self.root, val_fraction, test_fraction, self.seed)
+        self.folder_index = FolderIndex(self.root, val_fraction, test_fraction, self.seed)
         self._loaders: list[weakref.ref[ImageLoader]] = []  # weak, since one that is no longer used ends its processes
         self._identities: dict[str, Tensor] = {}
 
@@ -103,11 +103,11 @@ class ImageFolderDataModule(ResumableDataModule):
             FileNotFoundError: The root does not exist.
             ValueError: There are fewer than two class folders, or folders for other splits than ``train`` alone.
         """
-        return self.contents.class_names
+        return self.folder_index.class_names
 
     @class_names.setter
     def class_names(self, names: tuple[str, ...]) -> None:
-        self.contents.class_names = names
+        self.folder_index.class_names = names
 
     @property
     def num_classes(self) -> int:
@@ -116,13 +116,13 @@ class ImageFolderDataModule(ResumableDataModule):
 
     @property
     def splits(self) -> dict[str, Samples]:
-        """The labelled images of each split that there is: ``train``, ``val``, ``test``; see :class:`FolderContents`."""
-        return self.contents.splits
+        """The labelled images of each split that there is: ``train``, ``val``, ``test``; see :class:`FolderIndex`."""
+        return self.folder_index.splits
 
     @property
     def predict_files(self) -> list[str]:
-        """Paths, relative to the root, of the images to predict; see :class:`FolderContents`."""
-        return self.contents.images
+        """Paths, relative to the root, of the images to predict; see :class:`FolderIndex`."""
+        return self.folder_index.images
 
     # Lightning's hooks ----------------------------------------------------------------------------------------------
 

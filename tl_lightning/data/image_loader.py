@@ -1,10 +1,5 @@
 """Batches of images, read and prepared by worker processes."""
 
-import os
-import signal
-import sys
-import threading
-import time
 import traceback
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -12,20 +7,17 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-import torch.distributed as dist
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from tl_lightning.batch import PADDING, UNLABELLED, Batch
-from tl_lightning.chance import seeded
+from tl_lightning.data._workers import WorkerTraceback, outlive_sigterm, wait_until_safe_to_fork
 from tl_lightning.data.loader import EpochLoader
-from tl_lightning.data.order import EpochBatches, Key
-from tl_lightning.messages import of_ours
-
-_REST_S = 0.05
-_GRACE_S = 30
+from tl_lightning.data.sampler import DistributedBatchSampler, SampleKey
+from tl_lightning.utils.messages import own_message
+from tl_lightning.utils.seeding import seeded
 
 _Sample = tuple[Tensor, int, int]  # image, target, index
 
@@ -60,20 +52,13 @@ class ImageDataset(Dataset[_Sample]):
         self.transform = transform
         self.seed = seed
 
-    def __getitem__(self, key: Key) -> _Sample:
+    def __getitem__(self, key: SampleKey) -> _Sample:
         """Make the sample of a key."""
         image = self.read(key.index)
         with seeded(self.seed, "augmentation", key.epoch, key.index):
             image = self.transform(image)
         target = UNLABELLED if self.targets is None else self.targets[key.index]
         return image, target, PADDING if key.padding else key.index
-
-
-class _WorkerTraceback(Exception):
-    """Shows the traceback of a worker process as the cause of the error that is raised here."""
-
-    def __str__(self) -> str:
-        return f"\n{self.args[0]}"
 
 
 @dataclass
@@ -93,11 +78,11 @@ class _Caught(Dataset["_Sample | _Failure"]):
     def __init__(self, dataset: Dataset[_Sample]) -> None:
         self.dataset = dataset
 
-    def __getitem__(self, key: Key) -> "_Sample | _Failure":
+    def __getitem__(self, key: SampleKey) -> "_Sample | _Failure":
         try:
             return self.dataset[key]
         except Exception as error:
-            if get_worker_info() is None or of_ours(error) is None:
+            if get_worker_info() is None or own_message(error) is None:
                 raise
             return _Failure(type(error)(str(error)), traceback.format_exc())
 
@@ -121,20 +106,22 @@ class ImageLoader(EpochLoader):
     """Load the batches of an epoch from image files.
 
     Args:
-        dataset: Samples by :class:`Key`.
+        dataset: Samples by :class:`SampleKey`.
         batches: The order.
         num_workers: Processes that prepare samples; 0 prepares them in this one.
         pin_memory: Put batches into pinned memory, for a GPU.
     """
 
-    def __init__(self, dataset: Dataset[_Sample], batches: EpochBatches, *, num_workers: int, pin_memory: bool) -> None:
+    def __init__(
+        self, dataset: Dataset[_Sample], batches: DistributedBatchSampler, *, num_workers: int, pin_memory: bool
+    ) -> None:
         super().__init__(batches)
         self._loader: DataLoader[_Sample | _Failure] = DataLoader(
             _Caught(dataset),
             batch_sampler=batches,
             num_workers=num_workers,
             collate_fn=_collate,
-            worker_init_fn=_outlive,
+            worker_init_fn=outlive_sigterm,
             pin_memory=pin_memory,
             persistent_workers=num_workers > 0,
             generator=torch.Generator(),  # else every epoch would draw from the global generator
@@ -168,7 +155,7 @@ def load_in_order(dataset: Dataset[_Sample], batches: Sequence[Sequence[object]]
         batch_sampler=batches,  # type: ignore[arg-type]  # torch says lists of whatever the data set takes, and means ints
         num_workers=num_workers,
         collate_fn=_collate,
-        worker_init_fn=_outlive,
+        worker_init_fn=outlive_sigterm,
         generator=torch.Generator(),
     )
     for batch in _batches_of(loader):
@@ -198,38 +185,8 @@ def load_by_threads(dataset: Dataset[_Sample], batches: Sequence[Sequence[object
 
 def _batches_of(loader: "DataLoader[_Sample | _Failure]") -> Iterator[Batch]:
     if loader.num_workers > 0 and loader._iterator is None:
-        _wait_until_safe_to_fork()
+        wait_until_safe_to_fork()
     for batch in loader:
         if isinstance(batch, _Failure):
-            raise batch.error from _WorkerTraceback(batch.traceback)
+            raise batch.error from WorkerTraceback(batch.traceback)
         yield batch
-
-
-def _outlive(_worker: int) -> None:
-    """Let a worker process go on for a while after SIGTERM, unless the main process sends it.
-
-    Some schedulers send it to all processes of a job. The main one then ends the run after the batch at hand, for which it
-    needs its workers. Who has sent a signal is told to those that wait for it alone, so a thread does.
-    """
-    if sys.platform == "linux":
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        threading.Thread(target=_wait_for_sigterm, daemon=True).start()
-
-
-def _wait_for_sigterm() -> None:
-    if sys.platform == "linux":
-        told = signal.sigwaitinfo({signal.SIGTERM})
-        if told.si_pid != os.getppid():
-            signal.sigtimedwait({signal.SIGTERM}, _GRACE_S)
-        os._exit(0)
-
-
-def _wait_until_safe_to_fork() -> None:
-    """Let the threads of the last collective operation come to rest before worker processes are forked.
-
-    When one has just ended, a thread of torch.distributed frees its tensors, for which it registers with Python. Before
-    Python 3.12 a process forked at that very moment waits for ever for the lock that this takes: ``PyOS_AfterFork_Child``
-    makes that lock anew only after it has used it.
-    """
-    if sys.version_info < (3, 12) and dist.is_available() and dist.is_initialized():
-        time.sleep(_REST_S)

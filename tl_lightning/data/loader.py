@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from typing import Literal
 
 from tl_lightning.batch import Batch
-from tl_lightning.data.order import EpochBatches
+from tl_lightning.data.sampler import DistributedBatchSampler
 
 _NOWHERE = (-1, 0)
 
@@ -23,7 +23,7 @@ class EpochLoader(ABC):
     in_step: Literal[True] = True
     """All ranks get equally many batches."""
 
-    def __init__(self, batches: EpochBatches) -> None:
+    def __init__(self, batches: DistributedBatchSampler) -> None:
         self.sampler = self.batch_sampler = batches  # where Lightning looks for set_epoch, and for shuffling
         self._consumed, self._epoch = 0, 0
         self._resume_at = _NOWHERE

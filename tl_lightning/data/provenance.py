@@ -9,7 +9,8 @@ from typing import TypedDict
 import torch
 from torch import Tensor
 
-from tl_lightning.data.folder import TRAIN, Samples, split_folders
+from tl_lightning.data._folder_index import split_folders
+from tl_lightning.data.splits import TRAIN, Samples
 
 _EXCERPT = 4096
 

@@ -22,7 +22,7 @@ class Interval(NamedTuple):
     high: float
 
 
-def share(successes: float, trials: int, level: float = 0.95) -> Interval:
+def wilson_interval(successes: float, trials: int, level: float = 0.95) -> Interval:
     """Return a share and its interval, as of the accuracy on images that nothing was chosen by.
 
     Wilson's interval (1927, https://doi.org/10.1080/01621459.1927.10502953).
@@ -46,7 +46,7 @@ def share(successes: float, trials: int, level: float = 0.95) -> Interval:
     return Interval(estimate, max(0.0, middle - half), min(1.0, middle + half))
 
 
-def best_of_many(
+def bias_corrected_best(
     outcomes: Tensor, simplicity: Sequence[int] | None = None, level: float = 0.95, seed: int = 0
 ) -> Interval:
     """Return the share that the chosen one of many candidates gets right, which was chosen by this very share.
@@ -68,7 +68,7 @@ def best_of_many(
     values = outcomes.to(torch.float64)
     candidates, images = values.shape
     if candidates == 1:
-        return share(float(values.sum()), images, level)
+        return wilson_interval(float(values.sum()), images, level)
     errors = standard_errors(values)
     generator = torch.Generator().manual_seed(seed)
     found = []
@@ -81,4 +81,4 @@ def best_of_many(
         right = (values @ outside.T).gather(0, chosen[None])[0]
         some = outside.any(1)
         found.append(right[some] / outside.sum(1)[some])
-    return share(float(torch.cat(found).mean()) * images, images, level)
+    return wilson_interval(float(torch.cat(found).mean()) * images, images, level)

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from tl_lightning.backbones import Backbone, Segment, stages_of
 from tl_lightning.freezing import HEAD, MAP
-from tl_lightning.messages import unknown
+from tl_lightning.utils.messages import unknown
 
 
 def prefix_of(backbone: Backbone, boundary: str) -> nn.Module:

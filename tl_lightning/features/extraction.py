@@ -10,16 +10,22 @@ import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from tl_lightning.backbones import Backbone
+from tl_lightning.features._disk_space import check_space
+from tl_lightning.features._manifest import Block, Layout, StaleStoreError, claim, read_response
+from tl_lightning.features._messages import describe, describe_plan
 from tl_lightning.features.activations import activations
-from tl_lightning.features.estimate import check_space
-from tl_lightning.features.files import Block, Layout, StaleStoreError, claim, read_response
-from tl_lightning.features.messages import describe, describe_plan
-from tl_lightning.features.recipe import Recipe
+from tl_lightning.features.cache_key import CacheKey
 from tl_lightning.features.response import Response, check_steady, is_same, like, pattern_rows, response_of
 from tl_lightning.features.store import FeatureStore
-from tl_lightning.features.together import all_or_none, from_all, from_first, locked, rank_and_world
 from tl_lightning.freezing import as_frozen, evaluating
-from tl_lightning.memory import keep_freed_memory
+from tl_lightning.utils.distributed import (
+    all_gather_object,
+    broadcast_object,
+    locked,
+    rank_and_world_size,
+    synchronize_errors,
+)
+from tl_lightning.utils.memory import keep_freed_memory
 
 BATCH = 32
 """Images that go through the network together, always as many: kernels compute in another order for other sizes."""
@@ -28,15 +34,15 @@ Load = Callable[[Sequence[Sequence[str]]], Iterable[torch.Tensor]]
 """From the keys of each batch to the images (n, 3, H, W) of each batch, in the same order."""
 
 
-def folder_for(cache_dir: str | Path, backbone: Backbone, recipe: Recipe) -> Path:
-    """Return the folder of a store, and keep it: where code has changed, a recipe has several, of which this code has one.
+def folder_for(cache_dir: str | Path, backbone: Backbone, cache_key: CacheKey) -> Path:
+    """Return the folder of a store, and keep it: where code has changed, a cache_key has several, of which this code has one.
 
     On several ranks, the first one chooses.
 
     Args:
         cache_dir: Folder of the stores.
         backbone: The network, with the weights that it has now.
-        recipe: What :func:`recipe_of` has made of it.
+        cache_key: What :func:`cache_key_of` has made of it.
 
     Raises:
         DamagedStoreError: A file of a store cannot be read.
@@ -45,40 +51,40 @@ def folder_for(cache_dir: str | Path, backbone: Backbone, recipe: Recipe) -> Pat
         ValueError: What the network makes of an image does not depend on the image alone.
     """
     chosen = None
-    with all_or_none():
-        response = response_of(pattern_rows(backbone, [recipe.boundary])[recipe.boundary])
-    _check_ranks([(recipe, response)])
-    with all_or_none():
-        if rank_and_world()[0] == 0:
-            chosen = _choose(Path(cache_dir), backbone, recipe, response)
-    return Path(cache_dir) / str(from_first(chosen))
+    with synchronize_errors():
+        response = response_of(pattern_rows(backbone, [cache_key.boundary])[cache_key.boundary])
+    _check_ranks([(cache_key, response)])
+    with synchronize_errors():
+        if rank_and_world_size()[0] == 0:
+            chosen = _choose(Path(cache_dir), backbone, cache_key, response)
+    return Path(cache_dir) / str(broadcast_object(chosen))
 
 
-def _choose(cache_dir: Path, backbone: Backbone, recipe: Recipe, response: Response) -> str:
-    name, number = recipe.folder, 1
+def _choose(cache_dir: Path, backbone: Backbone, cache_key: CacheKey, response: Response) -> str:
+    name, number = cache_key.folder, 1
     while True:
         if read_response(cache_dir / name) is None:
-            check_steady(backbone, recipe.boundary, response)
+            check_steady(backbone, cache_key.boundary, response)
         if claim(cache_dir / name, response):
             return name
         number += 1
-        name = f"{recipe.folder}-{number}"
+        name = f"{cache_key.folder}-{number}"
 
 
-def _check_ranks(mine: list[tuple[Recipe, Response]]) -> None:
+def _check_ranks(mine: list[tuple[CacheKey, Response]]) -> None:
     """Make sure that all ranks compute the same, before any of them writes a row."""
-    first, *others = from_all(mine)
+    first, *others = all_gather_object(mine)
     for rank, other in enumerate(others, 1):
-        for (recipe, response), (its, its_response) in zip(first, other, strict=True):
-            if its != recipe or not is_same(response, its_response):
-                what = "; ".join(recipe.differences(its)) or "the network has other code"
+        for (cache_key, response), (its, its_response) in zip(first, other, strict=True):
+            if its != cache_key or not is_same(response, its_response):
+                what = "; ".join(cache_key.differences(its)) or "the network has other code"
                 raise StaleStoreError(
                     f"rank {rank} would compute other features than rank 0 ({what}): start all processes "
                     "with the same code, weights and options"
                 )
 
 
-class Extracted(NamedTuple):
+class ExtractionStats(NamedTuple):
     """What an extraction did, on all ranks."""
 
     rows: int
@@ -95,7 +101,7 @@ def extract(
     load: Load,
     *,
     say: Callable[[str], object] | None = None,
-) -> Extracted:
+) -> ExtractionStats:
     """Compute what stores lack, in one pass over the images for all boundaries, and write it.
 
     What is complete already is not computed again, so an extraction that was stopped goes on. On several ranks, all call
@@ -115,41 +121,41 @@ def extract(
         RuntimeError: Another rank failed, or sees another folder.
     """
     begin = time.monotonic()
-    rank, world = rank_and_world()
+    rank, world = rank_and_world_size()
     if rank != 0:
         say = None
-    with all_or_none():
-        pattern = pattern_rows(backbone, [store.recipe.boundary for store in stores])
+    with synchronize_errors():
+        pattern = pattern_rows(backbone, [store.cache_key.boundary for store in stores])
         responses = {boundary: response_of(rows) for boundary, rows in pattern.items()}
-    _check_ranks([(store.recipe, responses[store.recipe.boundary]) for store in stores])
-    if from_first(all(_is_complete(store, names, responses) for store in stores)):
-        return Extracted(0, 0.0, 0.0)
+    _check_ranks([(store.cache_key, responses[store.cache_key.boundary]) for store in stores])
+    if broadcast_object(all(_is_complete(store, names, responses) for store in stores)):
+        return ExtractionStats(0, 0.0, 0.0)
     layouts = {boundary: Layout.of(rows) for boundary, rows in pattern.items()}
     stores = sorted(stores, key=lambda store: store.folder)
     if like(backbone).device.type == "cpu":
         keep_freed_memory()
     error = 0.0
     with locked([store.lock for store in stores], f"computing features in {stores[0].folder}"):
-        with all_or_none():
+        with synchronize_errors():
             for store in stores:
                 store.reload()
                 if rank == 0:
-                    store.claim(responses[store.recipe.boundary])
-        plans, missing = from_first(_plan(stores, names))
+                    store.claim(responses[store.cache_key.boundary])
+        plans, missing = broadcast_object(_plan(stores, names))
         blocks = list(dict.fromkeys(block for gaps in missing for block in gaps))
-        with all_or_none():
+        with synchronize_errors():
             for store, gaps in zip(stores, missing, strict=True):
                 rows = sum(len(block.names) for block in gaps)
-                check_space(store, layouts[store.recipe.boundary], rows)
+                check_space(store, layouts[store.cache_key.boundary], rows)
                 if say is not None and rows:
-                    seconds = partial(_seconds, backbone, store.recipe.boundary)
-                    say(describe_plan(store, layouts[store.recipe.boundary], rows, names, seconds))
+                    seconds = partial(_seconds, backbone, store.cache_key.boundary)
+                    say(describe_plan(store, layouts[store.cache_key.boundary], rows, names, seconds))
             error = _compute(backbone, stores, missing, blocks[rank::world], layouts, load, say is not None)
-        with all_or_none():
+        with synchronize_errors():
             for store, plan, gaps in zip(stores, plans, missing, strict=True):
                 if rank == 0:
-                    store.finish(plan, gaps, layouts[store.recipe.boundary])
-        with all_or_none():
+                    store.finish(plan, gaps, layouts[store.cache_key.boundary])
+        with synchronize_errors():
             for store in stores:
                 store.reload()
             if not all(_is_complete(store, names, responses) for store in stores):
@@ -157,14 +163,16 @@ def extract(
                     f"the features that were just written to {str(stores[0].folder)!r} are not there for rank {rank}: give a "
                     "cache_dir that all machines share"
                 )
-    done = Extracted(sum(len(block.names) for block in blocks), time.monotonic() - begin, max(from_all(error)))
+    done = ExtractionStats(
+        sum(len(block.names) for block in blocks), time.monotonic() - begin, max(all_gather_object(error))
+    )
     if say is not None and done.rows:
-        say(describe(done.rows, done.seconds, done.error, stores[0].recipe.dtype))
+        say(describe(done.rows, done.seconds, done.error, stores[0].cache_key.dtype))
     return done
 
 
 def _is_complete(store: FeatureStore, names: Mapping[str, str], responses: Mapping[str, Response]) -> bool:
-    if not store.fits(responses[store.recipe.boundary]):
+    if not store.fits(responses[store.cache_key.boundary]):
         return False
     return store.plan(names) == list(store.blocks) and all(store.is_written(block) for block in store.blocks)
 
@@ -212,7 +220,7 @@ def _compute(
         bar = progress.add_task("", total=sum(map(len, batches)))
         for block in blocks:
             wanting = [store for store, gaps in zip(stores, missing, strict=True) if block in gaps]
-            boundaries = [store.recipe.boundary for store in wanting]
+            boundaries = [store.cache_key.boundary for store in wanting]
             made: dict[str, list[torch.Tensor]] = {boundary: [] for boundary in boundaries}
             for _ in range(0, len(block.keys), BATCH):
                 batch = next(images)
@@ -223,5 +231,5 @@ def _compute(
                     made[boundary].append(layouts[boundary].to_disk(rows[: len(batch)]).cpu())
                 progress.advance(bar, len(batch))
             for store in wanting:
-                error = max(error, store.write(block, torch.cat(made.pop(store.recipe.boundary))))
+                error = max(error, store.write(block, torch.cat(made.pop(store.cache_key.boundary))))
     return error

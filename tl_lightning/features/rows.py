@@ -6,13 +6,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tl_lightning.features.estimate import RESIDENT_SHARE, row_bytes
-from tl_lightning.features.recipe import DTYPES
+from tl_lightning.features._disk_space import RESIDENT_SHARE, row_bytes
+from tl_lightning.features.cache_key import DTYPES
 from tl_lightning.features.store import FeatureStore
-from tl_lightning.memory import free_memory
+from tl_lightning.utils.memory import free_memory
 
 
-class StoredRows:
+class FeatureRows:
     """The rows of a split: on the device as a whole where they fit, else mapped from disk.
 
     Args:
@@ -33,7 +33,7 @@ class StoredRows:
         self.resident: Tensor | None = None
         """All rows on the device, as they lie on disk; None where they stay there."""
         self._store = store
-        if store.layout is None or len(keys) * row_bytes(store.layout, store.recipe.dtype) <= share * free_memory(
+        if store.layout is None or len(keys) * row_bytes(store.layout, store.cache_key.dtype) <= share * free_memory(
             device
         ):
             self.resident = store.read_as_stored(keys).to(device)
@@ -59,5 +59,5 @@ class StoredRows:
         for number in np.unique(places[:, 0]):
             here = places[:, 0] == number
             rows[here] = self._shards[number][places[here, 1]]
-        stored = torch.from_numpy(rows).view(DTYPES[self._store.recipe.dtype])
+        stored = torch.from_numpy(rows).view(DTYPES[self._store.cache_key.dtype])
         return layout.from_disk(stored.to(self.device)).float()

@@ -13,7 +13,7 @@ import torch
 from filelock import FileLock
 from torch import Tensor
 
-from tl_lightning.features.files import (
+from tl_lightning.features._manifest import (
     MANIFEST,
     Block,
     Layout,
@@ -23,29 +23,29 @@ from tl_lightning.features.files import (
     read_manifest,
     read_response,
 )
-from tl_lightning.features.recipe import DTYPES, Recipe, file_digest
+from tl_lightning.features._shards import NUMPY, Shard, is_whole, open_shard, replace, write_shard
+from tl_lightning.features.cache_key import DTYPES, CacheKey, file_digest
 from tl_lightning.features.response import Response, is_same
-from tl_lightning.features.shards import NUMPY, Shard, is_whole, open_shard, replace, write_shard
 
 BLOCK = 256
 """Rows of a shard. Which rows are computed together never depends on ranks, restarts or the batch size."""
 
 
 class FeatureStore:
-    """Rows of one recipe, by the content of the image.
+    """Rows of one cache_key, by the content of the image.
 
     Args:
         folder: Where the store lies, or will lie.
-        recipe: What the rows depend on.
+        cache_key: What the rows depend on.
 
     Raises:
-        StaleStoreError: The folder holds rows of another recipe, or of a later format; the message names what differs.
+        StaleStoreError: The folder holds rows of another cache_key, or of a later format; the message names what differs.
         DamagedStoreError: The manifest, or the response, cannot be read.
     """
 
-    def __init__(self, folder: str | Path, recipe: Recipe) -> None:
+    def __init__(self, folder: str | Path, cache_key: CacheKey) -> None:
         self.folder = Path(folder)
-        self.recipe = recipe
+        self.cache_key = cache_key
         self.layout: Layout | None = None
         """How rows lie; None while there are none."""
         self.blocks: tuple[Block, ...] = ()
@@ -66,7 +66,7 @@ class FeatureStore:
         """Look at the manifest again, to which another run may have added.
 
         Raises:
-            StaleStoreError: It is of another recipe, or of a later format.
+            StaleStoreError: It is of another cache_key, or of a later format.
             DamagedStoreError: It cannot be read.
         """
         self.response = read_response(self.folder)
@@ -74,8 +74,8 @@ class FeatureStore:
         if manifest is None:
             self.layout, self.blocks, self._digests, self._places = None, (), {}, {}
             return
-        if manifest.recipe != self.recipe:
-            differences = "; ".join(self.recipe.differences(manifest.recipe))
+        if manifest.cache_key != self.cache_key:
+            differences = "; ".join(self.cache_key.differences(manifest.cache_key))
             raise StaleStoreError(f"the stored features in {str(self.folder)!r} do not fit: {differences}")
         self.layout = manifest.layout
         self.blocks = tuple(manifest.digests)
@@ -135,7 +135,7 @@ class FeatureStore:
     def read_as_stored(self, keys: Sequence[str]) -> Tensor:
         """Read rows into memory, as they lie on disk; see :class:`Layout`."""
         shards = self.shards_of(keys)
-        dtype = DTYPES[self.recipe.dtype]
+        dtype = DTYPES[self.cache_key.dtype]
         shape = () if self.layout is None else self.layout.stored_shape
         rows = np.empty((len(keys), *shape), NUMPY[dtype])
         wanted: dict[int, tuple[list[int], list[int]]] = {number: ([], []) for number in shards}
@@ -204,11 +204,11 @@ class FeatureStore:
         Raises:
             ValueError: The store's type cannot hold a number.
         """
-        narrow = rows.to(DTYPES[self.recipe.dtype])
+        narrow = rows.to(DTYPES[self.cache_key.dtype])
         if not torch.isfinite(narrow).all():
-            cause = "are not finite" if not torch.isfinite(rows).all() else f"go beyond {self.recipe.dtype}"
+            cause = "are not finite" if not torch.isfinite(rows).all() else f"go beyond {self.cache_key.dtype}"
             raise ValueError(
-                f"activations at the boundary {self.recipe.boundary!r} {cause}, up to {rows.abs().max():.3g}: store them as "
+                f"activations at the boundary {self.cache_key.boundary!r} {cause}, up to {rows.abs().max():.3g}: store them as "
                 "float32 or bfloat16, and look at the weights if they are not finite"
             )
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -229,7 +229,7 @@ class FeatureStore:
         for block in blocks:
             if block in written or block.file not in digests:  # it may have been written before a manifest was
                 digests[block.file] = file_digest(self.folder / block.file)
-        text = Manifest(self.recipe, layout, {block: digests[block.file] for block in blocks}).to_json()
+        text = Manifest(self.cache_key, layout, {block: digests[block.file] for block in blocks}).to_json()
         for left in self.folder.glob(".*.part"):
             left.unlink()
         replace(self.folder / MANIFEST, lambda file: file.write(text))

@@ -1,7 +1,7 @@
 """Heads: from a backbone's pooled features, or its spatial map, to class scores."""
 
-from tl_lightning.heads.fitted import ClassMeanHead, FittedHead, LogisticRegressionHead, NearestNeighbourHead
-from tl_lightning.heads.trained import (
+from tl_lightning.heads.closed_form import ClassMeanHead, ClosedFormHead, LogisticRegressionHead, NearestNeighbourHead
+from tl_lightning.heads.neural import (
     ConvHead,
     CosineHead,
     HeadCallable,
@@ -9,15 +9,15 @@ from tl_lightning.heads.trained import (
     MapHead,
     MLPHead,
     Standardize,
-    check_maker,
+    check_head_factory,
     resize_last_linear,
 )
 
 __all__ = [
     "ClassMeanHead",
+    "ClosedFormHead",
     "ConvHead",
     "CosineHead",
-    "FittedHead",
     "HeadCallable",
     "LinearHead",
     "LogisticRegressionHead",
@@ -25,6 +25,6 @@ __all__ = [
     "MapHead",
     "NearestNeighbourHead",
     "Standardize",
-    "check_maker",
+    "check_head_factory",
     "resize_last_linear",
 ]

@@ -1,12 +1,12 @@
 """Lightning modules: a file for each strategy."""
 
+from tl_lightning.modules._frozen_guard import FrozenGuard
+from tl_lightning.modules._stages import StageSchedule
 from tl_lightning.modules.base import TransferClassifier
 from tl_lightning.modules.custom_head import CustomHeadClassifier
 from tl_lightning.modules.feature_cache import FeatureCacheClassifier
-from tl_lightning.modules.frozen_guard import FrozenGuard
 from tl_lightning.modules.linear_probe import LinearProbe
 from tl_lightning.modules.partial_fine_tuning import PartialFineTuning
-from tl_lightning.modules.staged import Unfreezes
 
 __all__ = [
     "CustomHeadClassifier",
@@ -14,6 +14,6 @@ __all__ = [
     "FrozenGuard",
     "LinearProbe",
     "PartialFineTuning",
+    "StageSchedule",
     "TransferClassifier",
-    "Unfreezes",
 ]

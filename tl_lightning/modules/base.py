@@ -18,26 +18,26 @@ from typing_extensions import Self
 
 from tl_lightning.backbones import Backbone
 from tl_lightning.batch import Batch
-from tl_lightning.chance import run_seed, seed_torch
-from tl_lightning.features.together import from_all
-from tl_lightning.freezing import Staging
+from tl_lightning.freezing import FreezePolicy
 from tl_lightning.heads import LinearHead
-from tl_lightning.makeup import Recorded
-from tl_lightning.memory import keep_freed_memory
-from tl_lightning.modules import agreement
+from tl_lightning.lightning_fixes import checks
+from tl_lightning.lightning_fixes.mean_loss import MeanLoss
+from tl_lightning.lightning_fixes.plateau import StepOnPlateau
+from tl_lightning.lightning_fixes.sigterm import SigtermHandler, ends_together
+from tl_lightning.lightning_fixes.step_boundary import StepBoundary, count_steps, finish_epoch
 from tl_lightning.modules import checkpoint as checkpoints
-from tl_lightning.modules.evaluated import Evaluated
-from tl_lightning.modules.frozen_guard import FrozenGuard
-from tl_lightning.modules.metrics import MeanLoss
-from tl_lightning.modules.optimization import Optimized
-from tl_lightning.modules.plateau import StepOnPlateau
-from tl_lightning.modules.sharding import prepare, shard, take_up
-from tl_lightning.modules.staged import Staged
-from tl_lightning.modules.step_boundary import StepBoundary, count_steps, finish_epoch
-from tl_lightning.modules.termination import Termination, ends_together
+from tl_lightning.modules._evaluation import EvaluationMixin
+from tl_lightning.modules._frozen_guard import FrozenGuard
+from tl_lightning.modules._fsdp import configure_strategy, load_optimizer_state, shard
+from tl_lightning.modules._optimization import OptimizationMixin
+from tl_lightning.modules._stages import StagesMixin
+from tl_lightning.utils.distributed import all_gather_object
+from tl_lightning.utils.memory import keep_freed_memory
+from tl_lightning.utils.seeding import run_seed, seed_torch
+from tl_lightning.utils.serialization import InitArgsMixin
 
 
-class TransferClassifier(Recorded, Staged, Optimized, Evaluated):
+class TransferClassifier(InitArgsMixin, StagesMixin, OptimizationMixin, EvaluationMixin):
     """Train a head on a pre-trained backbone that does not move.
 
     A subclass for research overrides one of :meth:`build_head`, :meth:`compute_loss`, :meth:`build_metrics`.
@@ -82,15 +82,15 @@ class TransferClassifier(Recorded, Staged, Optimized, Evaluated):
         self.left_out: tuple[str, ...] = ()  # of a checkpoint: arguments that it could not bring back
         self.used_lrs, self._resumed_lrs = {}, {}
         self._boundary = StepBoundary()
-        agreement.check_number(self.num_classes, self.class_names)
+        checks.check_number(self.num_classes, self.class_names)
         checkpoints.check(self)  # now, not when the first checkpoint is due
 
-        self.drawn_from = torch.get_rng_state()
+        self.rng_state = torch.get_rng_state()
         """From which the head's first weights are drawn, so that others can begin as in its place."""
         self.head = self.build_head(backbone.feature_dim, num_classes)
         self.train_loss = MeanLoss()
         self.build_evaluation()
-        self.staging = Staging(backbone)
+        self.freeze_policy = FreezePolicy(backbone)
 
     # Hooks for subclasses -------------------------------------------------------------------------------------------
 
@@ -126,33 +126,33 @@ class TransferClassifier(Recorded, Staged, Optimized, Evaluated):
         """
         if self.trainer.strategy.root_device.type == "cpu":
             keep_freed_memory()
-        prepare(self.trainer.strategy, stage)
+        configure_strategy(self.trainer.strategy, stage)
         if stage == "fit":
             checkpoints.check(self)  # again: parts may have been replaced since
-            agreement.check_callbacks(self.trainer)
+            checks.check_callbacks(self.trainer)
         data = getattr(self.trainer, "datamodule", None)
-        agreement.check_preprocessing(data, self.backbone.preprocessing)
+        checks.check_preprocessing(data, self.backbone.preprocessing)
         if stage != "predict":
-            self.class_names = agreement.class_names(data, self.num_classes, self.class_names)
+            self.class_names = checks.class_names(data, self.num_classes, self.class_names)
 
     def configure_model(self) -> None:
         """Shard what may train, under a ModelParallelStrategy."""
         if self.device_mesh is not None and not any(isinstance(module, FSDPModule) for module in self.modules()):
-            shard(self, self.staging, self.device_mesh)
+            shard(self, self.freeze_policy, self.device_mesh)
 
     def configure_callbacks(self) -> list[Callback]:
         """Guard what is frozen, step a schedule that waits for a plateau, and end on all ranks together: in every run."""
         present = {type(callback) for callback in self.trainer.callbacks}  # type: ignore[attr-defined]  # Lightning's own list
-        return [callback() for callback in (FrozenGuard, StepOnPlateau, Termination) if callback not in present]
+        return [callback() for callback in (FrozenGuard, StepOnPlateau, SigtermHandler) if callback not in present]
 
     def on_fit_start(self) -> None:
         """Make sure that all ranks go on from the same checkpoint."""
-        agreement.check_checkpoint(self.trainer)
+        checks.check_checkpoint(self.trainer)
 
     def on_train_start(self) -> None:
         """Begin anew, though a fit before may have been interrupted within an epoch, or go on within the one that is resumed."""
         super().on_train_start()
-        if self._boundary.go_on(self.trainer, self.train_loss):
+        if self._boundary.resume(self.trainer, self.train_loss):
             self.train_loss.update(torch.zeros((), device=self.device), 0)
             self._log_loss()  # since no batch is left to do it
         count_steps(self.trainer, starts=True)
@@ -160,8 +160,8 @@ class TransferClassifier(Recorded, Staged, Optimized, Evaluated):
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Draw dropout from the place in the run, so that a resumed run draws as an uninterrupted one."""
         count_steps(self.trainer)
-        self.staging.keep()
-        self._boundary.begin(self.trainer, self, self.staging, self.train_loss)
+        self.freeze_policy.enforce()
+        self._boundary.snapshot(self.trainer, self, self.freeze_policy, self.train_loss)
         seed_torch(run_seed(), "step", self.trainer.global_step, batch_idx, self.trainer.global_rank)
 
     def on_validation_start(self) -> None:
@@ -178,7 +178,7 @@ class TransferClassifier(Recorded, Staged, Optimized, Evaluated):
     def on_validation_end(self) -> None:
         """Look, before training, whether there are the scores that callbacks go by."""
         if self.trainer.sanity_checking:
-            agreement.check_monitors(self.trainer)
+            checks.check_monitors(self.trainer)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Compute the loss of a training batch."""
@@ -201,10 +201,10 @@ class TransferClassifier(Recorded, Staged, Optimized, Evaluated):
         """Add what this classifier is made of, so that the checkpoint is enough to make it again."""
         place: dict[str, Any] = {"total_steps": self.total_steps, "used_lrs": dict(self.used_lrs)}
         if self._trainer is not None:
-            loss = self._boundary.go_back(self._trainer, checkpoint, self.train_loss)
+            loss = self._boundary.rewind(self._trainer, checkpoint, self.train_loss)
             # A run that is interrupted may be so on one rank, which must not wait for the others.
             alone = self._trainer.state.status == TrainerStatus.INTERRUPTED and not ends_together(self._trainer)
-            place["train_loss"] = [loss.tolist()] if alone else from_all(loss.tolist())
+            place["train_loss"] = [loss.tolist()] if alone else all_gather_object(loss.tolist())
         checkpoint[checkpoints.KEY] = checkpoints.describe(self, checkpoint["state_dict"]) | place
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -215,15 +215,15 @@ class TransferClassifier(Recorded, Staged, Optimized, Evaluated):
         """
         if self._trainer is None:
             return
-        agreement.name_for(getattr(self.trainer, "datamodule", None), checkpoint)
+        checks.adopt_data_state(getattr(self.trainer, "datamodule", None), checkpoint)
         if self.trainer.state.fn != "fit":
             return
         place = checkpoint.get(checkpoints.KEY, {})
         self.check_resume(checkpoint.get("optimizer_states", []), place.get("total_steps"), place.get("used_lrs", {}))
-        self._boundary.take_up(checkpoint, place.get("train_loss", []))
+        self._boundary.load_state(checkpoint, place.get("train_loss", []))
         if isinstance(self.trainer.strategy, ModelParallelStrategy):
             for optimizer, saved in zip(self.trainer.optimizers, checkpoint["optimizer_states"], strict=True):
-                take_up(optimizer, saved)
+                load_optimizer_state(optimizer, saved)
         if self.trainer.max_steps != -1:
             finish_epoch(checkpoint)
 

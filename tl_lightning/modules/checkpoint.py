@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor
 
-from tl_lightning import makeup
-from tl_lightning.fingerprints import fingerprint
 from tl_lightning.transforms import Preprocessing
+from tl_lightning.utils import serialization
+from tl_lightning.utils.hashing import fingerprint
 
 if TYPE_CHECKING:
     from tl_lightning.modules.base import TransferClassifier
@@ -48,10 +48,10 @@ def _describe_object(classifier: TransferClassifier) -> dict[str, Any]:
     positional = tuple(value for value in positional if value is not classifier.backbone)
     try:
         return {
-            "class_path": makeup.class_path(type(classifier)),
-            "args": makeup.describe(positional),
-            "init_args": makeup.describe(named),
-            "backbone": makeup.describe(classifier.backbone),
+            "class_path": serialization.class_path(type(classifier)),
+            "args": serialization.to_config(positional),
+            "init_args": serialization.to_config(named),
+            "backbone": serialization.to_config(classifier.backbone),
         }
     except ValueError as error:
         raise ValueError(f"{type(classifier).__name__} could not be saved: {error}") from error
@@ -125,7 +125,7 @@ def load(cls: type[_C], path: str | Path, map_location: str | torch.device | Non
     for part, tensors in _parts_of(state).items():
         if fingerprint(tensors) != made_of["hashes"].get(part):
             raise ValueError(f"the {part} in {str(path)!r} is not the one that was saved: the file is damaged")
-    saved = makeup.known_class(made_of["model"]["class_path"])
+    saved = serialization.known_class(made_of["model"]["class_path"])
     if not issubclass(saved, cls):
         raise ValueError(  # noqa: TRY004 - what is wrong is the file's content, not the type of an argument
             f"{str(path)!r} holds a {made_of['model']['class_path']}, which is no {cls.__name__}; load it with "
@@ -152,10 +152,10 @@ def load(cls: type[_C], path: str | Path, map_location: str | torch.device | Non
 def _rebuild(saved: Any, made_of: dict[str, Any]) -> Any:
     """Make the classifier that a checkpoint describes, without its weights."""
     described = made_of["model"]
-    rebuilt = makeup.rebuild(makeup.without_weights(described["backbone"]))
+    rebuilt = serialization.from_config(serialization.without_weights(described["backbone"]))
     fields: list[Any] = [tuple(v) if isinstance(v, list) else v for v in made_of["preprocessing"]]
     rebuilt.preprocessing = Preprocessing(*fields)
-    args, kwargs = makeup.rebuild(described["args"]), makeup.rebuild(described["init_args"])
+    args, kwargs = serialization.from_config(described["args"]), serialization.from_config(described["init_args"])
     if args:  # a signature with *args: the backbone comes first
         args = [rebuilt, *args]
     else:

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from tl_lightning.backbones import Backbone
 from tl_lightning.freezing import MAP, as_frozen
-from tl_lightning.heads import HeadCallable, MapHead, check_maker
-from tl_lightning.makeup import as_factory
+from tl_lightning.heads import HeadCallable, MapHead, check_head_factory
 from tl_lightning.modules.base import TransferClassifier
+from tl_lightning.utils.serialization import as_factory
 
 
 class CustomHeadClassifier(TransferClassifier):
@@ -44,15 +44,15 @@ class CustomHeadClassifier(TransferClassifier):
         scheduler: LRSchedulerCallable | None = None,
         scheduler_interval: Literal["epoch", "step"] = "epoch",
     ) -> None:
-        check_maker(head)
+        check_head_factory(head)
         factory = as_factory(head)
-        self.make_head = factory or head  # construction refuses what is no factory
+        self.head_factory = factory or head  # construction refuses what is no factory
         self.on_map = factory is not None and issubclass(factory.func, MapHead)  # type: ignore[arg-type]  # a class
         super().__init__(backbone, num_classes, class_names, lr, optimizer, scheduler, scheduler_interval)
 
     def build_head(self, in_features: int, num_classes: int) -> nn.Module:
         """Build the head that was chosen."""
-        return self.make_head(self._channels() if self.on_map else in_features, num_classes)
+        return self.head_factory(self._channels() if self.on_map else in_features, num_classes)
 
     def _channels(self) -> int:
         was_training = self.backbone.training

@@ -11,10 +11,10 @@ from torch.optim import Optimizer
 
 from tl_lightning.backbones import Backbone
 from tl_lightning.batch import PADDING, Batch, ServesViews
-from tl_lightning.chance import derive_seed, run_seed
-from tl_lightning.heads import FittedHead, HeadCallable, LogisticRegressionHead, check_maker
-from tl_lightning.makeup import as_factory
+from tl_lightning.heads import ClosedFormHead, HeadCallable, LogisticRegressionHead, check_head_factory
 from tl_lightning.modules.base import TransferClassifier
+from tl_lightning.utils.seeding import derive_seed, run_seed
+from tl_lightning.utils.serialization import as_factory
 
 
 class FeatureCacheClassifier(TransferClassifier):
@@ -26,7 +26,7 @@ class FeatureCacheClassifier(TransferClassifier):
     Args:
         backbone: The pre-trained network.
         num_classes: Number K of classes.
-        head: Class of a :class:`tl_lightning.heads.FittedHead`, or a ``functools.partial`` of one; None takes
+        head: Class of a :class:`tl_lightning.heads.ClosedFormHead`, or a ``functools.partial`` of one; None takes
             :class:`tl_lightning.heads.LogisticRegressionHead`.
         class_names: Names of the classes, in the order of their numbers; None takes them from the data module.
 
@@ -41,10 +41,10 @@ class FeatureCacheClassifier(TransferClassifier):
         head: HeadCallable | None = None,
         class_names: Sequence[str] | None = None,
     ) -> None:
-        check_maker(head or LogisticRegressionHead)
-        self.make_head = as_factory(head or LogisticRegressionHead) or head or LogisticRegressionHead
+        check_head_factory(head or LogisticRegressionHead)
+        self.head_factory = as_factory(head or LogisticRegressionHead) or head or LogisticRegressionHead
         super().__init__(backbone, num_classes, class_names)
-        if not isinstance(self.head, FittedHead):
+        if not isinstance(self.head, ClosedFormHead):
             raise ValueError(  # noqa: TRY004 - what is wrong is a choice of the user's
                 f"{type(self.head).__name__} is trained step by step: use it with CustomHeadClassifier, or choose "
                 "LogisticRegressionHead, NearestNeighbourHead or ClassMeanHead"
@@ -54,7 +54,7 @@ class FeatureCacheClassifier(TransferClassifier):
 
     def build_head(self, in_features: int, num_classes: int) -> nn.Module:
         """Build the head that was chosen."""
-        return self.make_head(in_features, num_classes)
+        return self.head_factory(in_features, num_classes)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Return what counts as one step of an optimizer: the whole solution."""
@@ -108,7 +108,7 @@ class FeatureCacheClassifier(TransferClassifier):
         order = index.argsort(stable=True)
         order = order[index[order].diff(prepend=index.new_full((1,), PADDING)) != 0]
         features, target = features[order], target[order]
-        assert isinstance(self.head, FittedHead)  # noqa: S101 - checked when it was made
+        assert isinstance(self.head, ClosedFormHead)  # noqa: S101 - checked when it was made
         found = self.head.fit(features, target, derive_seed(run_seed(), "head"))
         self.print(f"{type(self.head).__name__}: {found}")
         with torch.no_grad():

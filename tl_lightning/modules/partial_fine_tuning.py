@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from tl_lightning import freezing
 from tl_lightning.backbones import Backbone, Segment, stages_of
 from tl_lightning.batch import Batch
-from tl_lightning.freezing import HEAD, Staging
-from tl_lightning.heads import HeadCallable, LinearHead, MapHead, check_maker, resize_last_linear
-from tl_lightning.makeup import as_factory
+from tl_lightning.freezing import HEAD, FreezePolicy
+from tl_lightning.heads import HeadCallable, LinearHead, MapHead, check_head_factory, resize_last_linear
 from tl_lightning.modules.base import TransferClassifier
+from tl_lightning.utils.serialization import as_factory
 
 HEAD_TO_BACKBONE = 10
 """How many times faster than the last stage the head learns, where no rate is given for the backbone."""
@@ -74,9 +74,9 @@ class PartialFineTuning(TransferClassifier):
             raise ValueError(
                 f"backbone_lr is {backbone_lr}; it must be above 0 and finite. To freeze the backbone, use LinearProbe"
             )
-        check_maker(head or LinearHead)
+        check_head_factory(head or LinearHead)
         factory = as_factory(head or LinearHead)
-        self.make_head = factory or head or LinearHead  # construction refuses what is no factory
+        self.head_factory = factory or head or LinearHead  # construction refuses what is no factory
         if factory is not None and issubclass(factory.func, MapHead):  # type: ignore[arg-type]  # a class
             raise ValueError(
                 f"{factory.func.__name__} takes the spatial map, which PartialFineTuning does not hand over; use it with "
@@ -85,33 +85,37 @@ class PartialFineTuning(TransferClassifier):
         super().__init__(backbone, num_classes, class_names, lr, optimizer, scheduler, scheduler_interval)
         self.backbone_lr = backbone_lr
         self.layer_decay = layer_decay
-        self.staging = Staging(backbone, unfreeze_from, train_bn=train_bn)
+        self.freeze_policy = FreezePolicy(backbone, unfreeze_from, train_bn=train_bn)
         self.auxiliary_heads = nn.ModuleDict()
-        self._auxiliary = {n: h for n, h in backbone.auxiliary_heads().items() if h.after in self.staging.trainable}
+        self._auxiliary = {
+            n: h for n, h in backbone.auxiliary_heads().items() if h.after in self.freeze_policy.trainable
+        }
         for name, auxiliary in self._auxiliary.items():
             self.auxiliary_heads[name] = resize_last_linear(copy.deepcopy(auxiliary.module), num_classes)
         self._auxiliary_logits: list[tuple[float, Tensor]] = []
-        self.train_from(self.staging.trainable[0])
+        self.train_from(self.freeze_policy.trainable[0])
 
     def build_head(self, in_features: int, num_classes: int) -> nn.Module:
         """Build the head that was chosen."""
-        return self.make_head(in_features, num_classes)
+        return self.head_factory(in_features, num_classes)
 
     def train_from(self, stage: str | int) -> None:
         """Let the head train, and the backbone from a stage on, with the auxiliary heads that it feeds."""
         super().train_from(stage)
         for name, auxiliary in self._auxiliary.items():
-            freezing.switch(self.auxiliary_heads[name], auxiliary.after in self.staging.trained)
+            freezing.switch(self.auxiliary_heads[name], auxiliary.after in self.freeze_policy.trained)
 
     def learning_rates(self) -> dict[str, float]:
         """Return the rates of the head and of each stage that may train, from the last one on."""
         last = self.lr / HEAD_TO_BACKBONE if self.backbone_lr is None else self.backbone_lr
-        stages = reversed(self.staging.trainable)
+        stages = reversed(self.freeze_policy.trainable)
         return super().learning_rates() | {stage: last * self.layer_decay**depth for depth, stage in enumerate(stages)}
 
     def run_suffix(self, suffix: nn.Module, inputs: Tensor) -> Tensor:
         """Run the part of the backbone that may train, and in training the auxiliary heads that branch off it."""
-        active = {h.after: n for n, h in self._auxiliary.items() if self.training and h.after in self.staging.trained}
+        active = {
+            h.after: n for n, h in self._auxiliary.items() if self.training and h.after in self.freeze_policy.trained
+        }
         if not active or not isinstance(suffix, Segment):
             return super().run_suffix(suffix, inputs)
         for stage, run in stages_of(suffix):

@@ -1,27 +1,61 @@
 """What a sweep tries, and the classifier that it ends with."""
 
 import functools
+import inspect
 import itertools
 import math
 from collections.abc import Sequence
-from typing import Any
-
-from torch.optim import AdamW
+from typing import NamedTuple
 
 from tl_lightning.backbones import Backbone, TracedBackbone, TruncatedBackbone
 from tl_lightning.features.activations import prefix_of
-from tl_lightning.freezing import HEAD
-from tl_lightning.heads import FittedHead, HeadCallable, LinearHead, check_maker
-from tl_lightning.makeup import as_factory, class_path, describe
-from tl_lightning.messages import unknown
+from tl_lightning.freezing import HEAD, MAP
+from tl_lightning.heads import ClosedFormHead, HeadCallable, LinearHead, MapHead, check_head_factory
 from tl_lightning.modules import CustomHeadClassifier, LinearProbe, TransferClassifier
-from tl_lightning.sweep.candidate import Candidate
-from tl_lightning.sweep.training import Rates
-
-OPTIONS = ("lr", "weight_decay", "heads", "boundaries", "folds")
-"""Of a sweep, which a fit has not."""
+from tl_lightning.sweep.training import HeadOptions
+from tl_lightning.utils.messages import unknown
+from tl_lightning.utils.serialization import as_factory, to_config
 
 _OF_A_STEP = ("forward", "forward_from", "features_from", "training_step", "training_loss", "configure_optimizers")
+
+
+Source = tuple[str, str]
+"""The stage before which a network ends, ``head`` for its end; and ``head`` for its pooled features, ``map`` for its map."""
+
+WHOLE: Source = (HEAD, HEAD)
+"""The pooled features of a whole network."""
+
+
+class Candidate(NamedTuple):
+    """What is tried."""
+
+    head: HeadCallable
+    rates: HeadOptions
+    before: str = HEAD
+    """The stage before which the network ends; ``head`` for all of it."""
+    network_size: int = 0
+    """Number of the network's parameters up to there."""
+
+    @property
+    def takes(self) -> Source:
+        """What the head takes."""
+        factory = as_factory(self.head)
+        on_map = factory is not None and issubclass(factory.func, MapHead)  # type: ignore[arg-type]  # a class
+        return self.before, MAP if on_map else HEAD
+
+    @property
+    def name(self) -> str:
+        """The head's class, and the arguments that are not its defaults."""
+        factory = as_factory(self.head)
+        if factory is None:
+            return getattr(self.head, "__name__", type(self.head).__name__)
+        defaults = inspect.signature(factory.func).parameters
+        own = [
+            f"{key}={value}"
+            for key, value in factory.keywords.items()
+            if key not in defaults or value != defaults[key].default
+        ]
+        return f"{factory.func.__name__}({', '.join(own)})"
 
 
 def candidates_of(
@@ -46,7 +80,7 @@ def candidates_of(
             for at once.
     """
     name = type(model).__name__
-    if model.staging.trainable or not model.automatic_optimization:
+    if model.freeze_policy.trainable or not model.automatic_optimization:
         raise ValueError(
             f"sweep trains many heads on features that do not move, and {name} is trained otherwise: use LinearProbe or "
             "CustomHeadClassifier"
@@ -77,7 +111,7 @@ def candidates_of(
         _check(head, model)
     tried = [_own_head(model)] if heads is None else heads
     return [
-        Candidate(head, Rates(*rates), before, size)
+        Candidate(head, HeadOptions(*rates), before, size)
         for before, size in {before: _size(model.backbone, before) for before in ends}.items()
         for head in tried
         for rates in itertools.product(lr, weight_decay)
@@ -112,10 +146,10 @@ def _size(backbone: Backbone, before: str) -> int:
 
 def _check(head: HeadCallable, model: TransferClassifier) -> None:
     """Refuse now what cannot be made, what no checkpoint could bring back, or what is not trained by steps."""
-    check_maker(head)
-    describe(head)
+    check_head_factory(head)
+    to_config(head)
     factory = as_factory(head)
-    if factory is not None and issubclass(factory.func, FittedHead):  # type: ignore[arg-type]  # a class
+    if factory is not None and issubclass(factory.func, ClosedFormHead):  # type: ignore[arg-type]  # a class
         raise ValueError(
             f"{factory.func.__name__} is solved for at once, without a rate or a weight decay: use it with "
             "FeatureCacheClassifier and fit"
@@ -129,52 +163,5 @@ def _check(head: HeadCallable, model: TransferClassifier) -> None:
 
 def _own_head(model: TransferClassifier) -> HeadCallable:
     if isinstance(model, CustomHeadClassifier):
-        return model.make_head
+        return model.head_factory
     return functools.partial(LinearHead, standardize=True) if type(model) is LinearProbe else model.build_head
-
-
-def classifier_of(model: TransferClassifier, candidate: Candidate, *, other_head: bool) -> TransferClassifier:
-    """Make the classifier that a candidate stands for, with an untrained head.
-
-    Args:
-        model: The classifier whose head is varied.
-        candidate: What is tried.
-        other_head: Whether the head is none of the model's own.
-    """
-    positional, named = model.init_args
-    named = named | {
-        "backbone": ending(model.backbone, candidate.before),
-        "lr": candidate.rates.lr,
-        "optimizer": functools.partial(AdamW, weight_decay=candidate.rates.weight_decay),
-    }
-    cls: Any = type(model)
-    if other_head:
-        cls = cls if isinstance(model, CustomHeadClassifier) else CustomHeadClassifier
-        named["head"] = candidate.head
-    made: TransferClassifier = cls(*positional, **named)
-    return made
-
-
-def configuration_of(swept: dict[str, Any], made: TransferClassifier, candidate: Candidate) -> dict[str, Any]:
-    """Return the configuration of a fit that trains what was chosen.
-
-    Args:
-        swept: The configuration of the sweep.
-        made: The classifier that was chosen.
-        candidate: What was chosen.
-    """
-    configured = swept["model"]
-    arguments = dict(configured.get("init_args") or {})
-    arguments["lr"] = candidate.rates.lr
-    decay = {"weight_decay": candidate.rates.weight_decay}
-    arguments["optimizer"] = {"class_path": class_path(AdamW), "init_args": decay}
-    factory = as_factory(candidate.head)
-    if swept["heads"] is not None and factory is not None:
-        head = describe(factory)
-        arguments["head"] = {key: head[key] for key in ("class_path", "init_args")}
-    fit = {key: value for key, value in swept.items() if key not in OPTIONS}
-    fit["model"] = {"class_path": class_path(type(made)), "init_args": arguments}
-    if candidate.before != HEAD:
-        early = {"backbone": swept["backbone"], "before": candidate.before}
-        fit["backbone"] = {"class_path": class_path(TruncatedBackbone), "init_args": early}
-    return fit

@@ -3,13 +3,13 @@
 import csv
 from pathlib import Path
 
-from tl_lightning.callbacks.table import print_table
-from tl_lightning.sweep.search import Found
+from tl_lightning.sweep.search import SearchResult
+from tl_lightning.utils.console import print_table
 
 _SHOWN = 10
 
 
-def print_found(found: Found, folds: int) -> None:
+def print_found(found: SearchResult, folds: int) -> None:
     """Print the best, what was chosen, and its score without what choosing added.
 
     Args:
@@ -35,7 +35,7 @@ def print_found(found: Found, folds: int) -> None:
     print_table(f"compared: accuracy {by}", shown)
 
 
-def write_table(found: Found, path: Path) -> None:
+def write_table(found: SearchResult, path: Path) -> None:
     """Write all that was tried, one candidate a row, as comma-separated values."""
     path.parent.mkdir(parents=True, exist_ok=True)
     rows = _rows(found)
@@ -45,7 +45,7 @@ def write_table(found: Found, path: Path) -> None:
         writer.writerows(rows)
 
 
-def _rows(found: Found) -> list[dict[str, str]]:
+def _rows(found: SearchResult) -> list[dict[str, str]]:
     """Return what was tried, the best first."""
     order = sorted(range(len(found.candidates)), key=lambda n: (-float(found.accuracy[n]), float(found.loss[n])))
     return [

@@ -6,20 +6,20 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from tl_lightning.chance import derive_seed, drawing_from, seeded
-from tl_lightning.data.order import EpochBatches
-from tl_lightning.evaluation import Interval, best_of_many, simplest_within_one_standard_error
+from tl_lightning.data.sampler import DistributedBatchSampler
+from tl_lightning.evaluation import Interval, bias_corrected_best, simplest_within_one_standard_error
 from tl_lightning.heads.penalty import stratified_folds
-from tl_lightning.sweep.candidate import Candidate, Source
+from tl_lightning.sweep.candidates import Candidate, Source
 from tl_lightning.sweep.training import Advance, Loss, Training, ignore, train
+from tl_lightning.utils.seeding import derive_seed, from_rng_state, seeded
 
 _FEWEST = 2  # of which there is a standard error
 
-Order = Callable[[int], EpochBatches]
+Order = Callable[[int], DistributedBatchSampler]
 """From a number of samples to their batches."""
 
 
-class Samples(NamedTuple):
+class LabelledFeatures(NamedTuple):
     """Labelled features."""
 
     features: Mapping[Source, Tensor]
@@ -27,17 +27,17 @@ class Samples(NamedTuple):
     target: Tensor
     """Class numbers (N,)."""
 
-    def at(self, wanted: Tensor) -> "Samples":
+    def at(self, wanted: Tensor) -> "LabelledFeatures":
         """Return some of them, by whether each is wanted (N,)."""
-        return Samples({source: rows[wanted] for source, rows in self.features.items()}, self.target[wanted])
+        return LabelledFeatures({source: rows[wanted] for source, rows in self.features.items()}, self.target[wanted])
 
-    def followed_by(self, others: "Samples") -> "Samples":
+    def followed_by(self, others: "LabelledFeatures") -> "LabelledFeatures":
         """Return these, and others after them."""
         both = {source: torch.cat([rows, others.features[source]]) for source, rows in self.features.items()}
-        return Samples(both, torch.cat([self.target, others.target]))
+        return LabelledFeatures(both, torch.cat([self.target, others.target]))
 
 
-class Found(NamedTuple):
+class SearchResult(NamedTuple):
     """What came out of a search."""
 
     candidates: Sequence[Candidate]
@@ -54,18 +54,18 @@ class Found(NamedTuple):
 
 def search(
     candidates: Sequence[Candidate],
-    train_samples: Samples,
-    val_samples: Samples,
+    train_samples: LabelledFeatures,
+    val_samples: LabelledFeatures,
     *,
     num_classes: int,
     loss: Loss,
     epochs: int,
     order: Order,
     seed: int,
-    drawn_from: Tensor,
+    rng_state: Tensor,
     folds: int = 0,
     advance: Advance = ignore,
-) -> Found:
+) -> SearchResult:
     """Train every candidate, and choose the simplest of those that are as good as the best but for chance.
 
     Simpler is what has fewer parameters, those of the network before the head included; then more weight decay; then a lower
@@ -80,7 +80,7 @@ def search(
         epochs: How long.
         order: Their batches.
         seed: Of dropout and folds.
-        drawn_from: State of torch's generator that each head's first weights are drawn from.
+        rng_state: State of torch's generator that each head's first weights are drawn from.
         folds: Number of folds; 0 compares on ``val_samples``.
         advance: Told, now and then, how many epochs of heads have been trained since; :func:`work` says how many there are.
 
@@ -90,7 +90,7 @@ def search(
     if not candidates:
         raise ValueError("there is nothing to compare: give at least one rate, weight decay and head")
 
-    def fit(tried: Sequence[Candidate], samples: Samples) -> list[nn.Module]:
+    def fit(tried: Sequence[Candidate], samples: LabelledFeatures) -> list[nn.Module]:
         return _train(
             tried,
             samples,
@@ -99,7 +99,7 @@ def search(
             epochs=epochs,
             order=order,
             seed=seed,
-            drawn_from=drawn_from,
+            rng_state=rng_state,
             advance=advance,
         )
 
@@ -123,9 +123,9 @@ def search(
     )
     simplicity = [ranked.index(n) for n in range(len(candidates))]
     chosen = simplest_within_one_standard_error(right, simplicity)
-    interval = best_of_many(right, simplicity, seed=derive_seed(seed, "interval"))
+    interval = bias_corrected_best(right, simplicity, seed=derive_seed(seed, "interval"))
     head = fit([candidates[chosen]], train_samples)[0] if folds else heads[chosen]
-    return Found(candidates, right.double().mean(1), losses.double().mean(1), chosen, head, interval)
+    return SearchResult(candidates, right.double().mean(1), losses.double().mean(1), chosen, head, interval)
 
 
 def check_enough(train_target: Tensor, val_target: Tensor, num_classes: int, folds: int) -> None:
@@ -163,14 +163,14 @@ def work(candidates: Sequence[Candidate], *, epochs: int, folds: int = 0) -> int
 
 def _train(
     candidates: Sequence[Candidate],
-    samples: Samples,
+    samples: LabelledFeatures,
     *,
     num_classes: int,
     loss: Loss,
     epochs: int,
     order: Order,
     seed: int,
-    drawn_from: Tensor,
+    rng_state: Tensor,
     advance: Advance,
 ) -> list[nn.Module]:
     each_epoch = order(len(samples.target))
@@ -182,7 +182,7 @@ def _train(
     heads: list[nn.Module] = []
     for candidate in candidates:
         features = samples.features[candidate.takes]
-        with drawing_from(drawn_from):
+        with from_rng_state(rng_state):
             heads.append(candidate.head(features.shape[1], num_classes).to(features.device))
     for source in dict.fromkeys(candidate.takes for candidate in candidates):
         here = [n for n, candidate in enumerate(candidates) if candidate.takes == source]
@@ -192,7 +192,9 @@ def _train(
 
 
 @torch.no_grad()
-def _judge(candidates: Sequence[Candidate], heads: Sequence[nn.Module], samples: Samples) -> tuple[Tensor, Tensor]:
+def _judge(
+    candidates: Sequence[Candidate], heads: Sequence[nn.Module], samples: LabelledFeatures
+) -> tuple[Tensor, Tensor]:
     """Return whether each head is right on each sample, and its cross-entropy there."""
     right, losses = [], []
     for candidate, head in zip(candidates, heads, strict=True):
@@ -202,7 +204,7 @@ def _judge(candidates: Sequence[Candidate], heads: Sequence[nn.Module], samples:
     return torch.stack(right).cpu(), torch.stack(losses).cpu()
 
 
-def _size(candidate: Candidate, samples: Samples, num_classes: int) -> int:
+def _size(candidate: Candidate, samples: LabelledFeatures, num_classes: int) -> int:
     with seeded(0, "size"):
         head = candidate.head(samples.features[candidate.takes].shape[1], num_classes)
     return candidate.network_size + sum(parameter.numel() for parameter in head.parameters())

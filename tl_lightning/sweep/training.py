@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.optim import AdamW
 
 from tl_lightning import optim
-from tl_lightning.chance import seed_torch, seeded
-from tl_lightning.features.together import from_first
 from tl_lightning.heads import LinearHead, Standardize
+from tl_lightning.utils.distributed import broadcast_object
+from tl_lightning.utils.seeding import seed_torch, seeded
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 """From class scores (n, K) and class numbers (n,) to their mean loss."""
@@ -30,7 +30,7 @@ def ignore(epochs: int) -> None:
     """Take no notice of the progress."""
 
 
-class Rates(NamedTuple):
+class HeadOptions(NamedTuple):
     """How a head is trained."""
 
     lr: float
@@ -63,7 +63,9 @@ class Training(NamedTuple):
         return self.epochs * sum(1 for _ in self.batches(0))
 
 
-def train(heads: Sequence[nn.Module], rates: Sequence[Rates], training: Training, advance: Advance = ignore) -> None:
+def train(
+    heads: Sequence[nn.Module], rates: Sequence[HeadOptions], training: Training, advance: Advance = ignore
+) -> None:
     """Train heads, each with its own rates, by AdamW with a warm-up and a cosine; together where that is faster.
 
     Args:
@@ -84,7 +86,7 @@ def train(heads: Sequence[nn.Module], rates: Sequence[Rates], training: Training
                 train_alone(head, rate, training, advance)
 
 
-def train_alone(head: nn.Module, rates: Rates, training: Training, advance: Advance = ignore) -> None:
+def train_alone(head: nn.Module, rates: HeadOptions, training: Training, advance: Advance = ignore) -> None:
     """Train one head."""
     groups = optim.parameter_groups(head.named_parameters(), name="head", lr=rates.lr)
     optimizer = AdamW(groups, weight_decay=rates.weight_decay)
@@ -103,7 +105,7 @@ def train_alone(head: nn.Module, rates: Rates, training: Training, advance: Adva
 
 
 def train_together(
-    heads: Sequence[LinearHead], rates: Sequence[Rates], training: Training, advance: Advance = ignore
+    heads: Sequence[LinearHead], rates: Sequence[HeadOptions], training: Training, advance: Advance = ignore
 ) -> None:
     """Train linear heads in products of matrices: the scores of all of them are one product.
 
@@ -156,7 +158,7 @@ def _kind(head: nn.Module) -> tuple[bool, torch.Size] | None:
     return isinstance(head.standardize, Standardize), head.linear.weight.shape
 
 
-def _is_faster_together(heads: Sequence[nn.Module], rates: Sequence[Rates], training: Training) -> bool:
+def _is_faster_together(heads: Sequence[nn.Module], rates: Sequence[HeadOptions], training: Training) -> bool:
     """Try both for a few steps; on several ranks, the first one decides for all, which may have to act together."""
     first = [index for index, _ in zip(training.batches(0), range(_TRIED), strict=False)]
     short = training._replace(epochs=1, batches=lambda _: iter(first))
@@ -174,4 +176,4 @@ def _is_faster_together(heads: Sequence[nn.Module], rates: Sequence[Rates], trai
             train_alone(head, rate, short)
         alone = (time.perf_counter() - middle) * len(heads) / len(tried)
         times.append((middle - begin) / alone)
-    return from_first(times[-1] < 1)
+    return broadcast_object(times[-1] < 1)

@@ -1,0 +1,1 @@
+"""Cut a network into stages by tracing it."""

@@ -1,0 +1,58 @@
+"""Validation, test and prediction."""
+
+from abc import abstractmethod
+
+from lightning.pytorch import LightningModule
+from torch import Tensor
+from torchmetrics import MetricCollection
+
+from tl_lightning.batch import PADDING, Batch
+from tl_lightning.lightning_fixes.mean_loss import MeanLoss
+
+
+class EvaluationMixin(LightningModule):
+    """A module whose loss and metrics are over real samples alone, each counted once, on any number of ranks."""
+
+    @abstractmethod
+    def compute_loss(self, logits: Tensor, target: Tensor) -> Tensor:
+        """Compute the mean loss of a batch."""
+
+    @abstractmethod
+    def forward_from(self, inputs: Tensor, boundary: str | None) -> Tensor:
+        """Continue from a boundary to class scores."""
+
+    @abstractmethod
+    def build_metrics(self) -> MetricCollection:
+        """Build the metrics of validation and test; their names are logged after ``val_`` and ``test_``."""
+
+    def build_evaluation(self) -> None:
+        """Build a loss and metrics for validation, and the same for test."""
+        self.val_loss, self.test_loss = MeanLoss(), MeanLoss()
+        metrics = self.build_metrics()
+        self.val_metrics, self.test_metrics = metrics.clone(prefix="val_"), metrics.clone(prefix="test_")
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Add a validation batch to the loss and the metrics."""
+        self._evaluate(batch, "val_loss", self.val_loss, self.val_metrics)
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        """Add a test batch to the loss and the metrics."""
+        self._evaluate(batch, "test_loss", self.test_loss, self.test_metrics)
+
+    def _evaluate(self, batch: Batch, loss_name: str, loss: MeanLoss, metrics: MetricCollection) -> None:
+        logits = self.forward_from(batch.inputs, batch.boundary)
+        real = batch.index != PADDING
+        if bool(real.any()):
+            logits, target = logits[real], batch.target[real]
+            loss.update(self.compute_loss(logits, target), len(logits))
+            metrics.update(logits, target)
+        self.log(loss_name, loss, on_step=False, on_epoch=True)
+        self.log_dict(metrics, on_step=False, on_epoch=True, prog_bar=True)
+
+    def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Compute the probability of each class.
+
+        Shape:
+            Output: (N, K), rows of padding included; ``batch.index`` tells which these are.
+        """
+        return self.forward_from(batch.inputs, batch.boundary).float().softmax(-1)

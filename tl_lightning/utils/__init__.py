@@ -1,0 +1,1 @@
+"""Helpers that know nothing of transfer learning or Lightning."""

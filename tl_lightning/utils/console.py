@@ -1,0 +1,33 @@
+"""Small tables on the terminal."""
+
+import os
+import textwrap
+from collections.abc import Mapping
+
+from rich.console import Console
+from rich.text import Text
+
+from tl_lightning.utils.distributed import is_first_process
+from tl_lightning.utils.paths import short_path
+
+
+def print_table(title: str, rows: Mapping[str, str]) -> None:
+    """Print rows of a name and a value; what they hold is shown to the letter.
+
+    A value with a path in it stays on one line, however long, so that it can be copied; a path in the current folder is
+    shown from there.
+    """
+    if not is_first_process():
+        return
+    console = Console()
+    margin = 2 + max(map(len, rows), default=0) + 2
+    console.print(Text(title, style="italic"))
+    for name, value in rows.items():
+        lines = [short_path(value)] if os.sep in value else _wrapped(value, console.width - margin)
+        for number, line in enumerate(lines):
+            label = f"  {name}" if number == 0 else ""
+            console.print(Text.assemble((label.ljust(margin), "cyan"), line), soft_wrap=True)
+
+
+def _wrapped(value: str, width: int) -> list[str]:
+    return textwrap.wrap(value, max(width, 20), break_on_hyphens=False) or [""]

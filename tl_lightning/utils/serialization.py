@@ -1,0 +1,185 @@
+"""What an object was made of, as primitives: written into a checkpoint, and made again from one.
+
+A checkpoint is data from elsewhere, so it may name only classes of a few libraries or of modules that the program has
+imported itself; nothing in it is executed or unpickled.
+"""
+
+import functools
+import importlib
+import inspect
+import sys
+from typing import Any
+
+from torch import Tensor, nn
+from typing_extensions import Self
+
+TRUSTED_PACKAGES = ("tl_lightning", "torch", "torchvision", "timm")
+
+_KIND = "__made_of__"
+_PRIMITIVES = (type(None), bool, int, float, str)
+
+
+class InitArgsMixin:
+    """Remember the arguments that an object was made with, under whatever names its own class gives them."""
+
+    init_args: tuple[tuple[Any, ...], dict[str, Any]]
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        """Make the object and remember the arguments."""
+        self = super().__new__(cls)
+        try:
+            bound = inspect.signature(cls.__init__).bind(self, *args, **kwargs)
+        except TypeError:
+            return self  # a copy, which brings its own state; or wrong arguments, which __init__ is about to report
+        bound.apply_defaults()
+        named: dict[str, Any] = {}
+        extra: tuple[Any, ...] = ()
+        for name, parameter in list(inspect.signature(cls.__init__).parameters.items())[1:]:
+            if parameter.kind is parameter.VAR_POSITIONAL:
+                extra = bound.arguments.get(name, ())
+            elif parameter.kind is parameter.VAR_KEYWORD:
+                named.update(bound.arguments.get(name, {}))
+            else:
+                named[name] = bound.arguments[name]
+        if extra:  # with *args in the signature, what stands before it can only be given by position again
+            before = [
+                n for n, p in inspect.signature(cls.__init__).parameters.items() if p.kind is p.POSITIONAL_OR_KEYWORD
+            ]
+            extra = (*(named.pop(name) for name in before[1:]), *extra)
+        object.__setattr__(self, "init_args", (extra, named))
+        return self
+
+
+def class_path(cls: type) -> str:
+    """Return the dotted path by which a class is imported.
+
+    Raises:
+        ValueError: The class is local to a function, or a lambda, so that no checkpoint could bring it back.
+    """
+    if getattr(sys.modules.get(cls.__module__), cls.__qualname__, None) is not cls:
+        raise ValueError(
+            f"{cls.__module__}.{cls.__qualname__} cannot be imported by its name, so no checkpoint could bring it back; "
+            "define it at the top level of a module"
+        )
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def to_config(value: Any) -> Any:
+    """Turn a value into primitives from which :func:`from_config` makes its equal.
+
+    Args:
+        value: A primitive, a tensor, a list, tuple or dict of describable values, an importable class, a
+            ``functools.partial`` of one, or an object whose class is :class:`InitArgsMixin`.
+
+    Raises:
+        ValueError: The value is none of these: a lambda or another function, a local class, an unrecorded object.
+    """
+    if isinstance(value, (*_PRIMITIVES, Tensor)):
+        return value
+    if isinstance(value, (list, tuple)):
+        return [to_config(item) for item in value]
+    if isinstance(value, dict):
+        return {to_config(key): to_config(item) for key, item in value.items()}
+    if isinstance(value, type):
+        return {_KIND: "class", "class_path": class_path(value)}
+    factory = as_factory(value)
+    if factory is not None and isinstance(factory.func, type):
+        return _made_of("partial", factory.func, factory.args, factory.keywords)
+    if isinstance(value, InitArgsMixin):
+        return _made_of("object", type(value), *value.init_args)
+    name = getattr(value, "__qualname__", type(value).__qualname__)
+    raise ValueError(
+        f"{name} cannot be written into a checkpoint; give an importable class, a functools.partial of one, or numbers, "
+        "strings and lists of them"
+    )
+
+
+def as_factory(value: Any) -> functools.partial[nn.Module] | None:
+    """Return a class with some of its arguments as a plain ``functools.partial`` of the class; None for anything else.
+
+    Args:
+        value: A ``functools.partial`` of a class, or what jsonargparse makes of a ``class_path``: a partial of its own
+            function, with the class as its last positional argument.
+    """
+    if isinstance(value, type) and issubclass(value, nn.Module):
+        return functools.partial(value)
+    if not isinstance(value, functools.partial):
+        return None
+    if isinstance(value.func, type):
+        return value
+    if value.args and isinstance(value.args[-1], type) and value.func.__module__.partition(".")[0] == "jsonargparse":
+        return functools.partial(value.args[-1], **value.keywords)
+    return None
+
+
+def _made_of(kind: str, cls: type, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    config = {_KIND: kind, "class_path": class_path(cls), "init_args": to_config(dict(kwargs))}
+    return config | ({"args": to_config(list(args))} if args else {})
+
+
+def from_config(config: Any) -> Any:
+    """Make again what :func:`to_config` config.
+
+    Raises:
+        ValueError: It names a class that is neither a known library's nor in a module imported before.
+    """
+    if isinstance(config, list):
+        return [from_config(item) for item in config]
+    if not isinstance(config, dict):
+        return config
+    if _KIND not in config:
+        return {key: from_config(item) for key, item in config.items()}
+    cls = known_class(config["class_path"])
+    if config[_KIND] == "class":
+        return cls
+    args, kwargs = from_config(config.get("args", [])), from_config(config["init_args"])
+    return functools.partial(cls, *args, **kwargs) if config[_KIND] == "partial" else cls(*args, **kwargs)
+
+
+def without_weights(config: Any) -> Any:
+    """Return what :func:`to_config` config, made without loading weights, at any depth."""
+    if isinstance(config, list):
+        return [without_weights(item) for item in config]
+    if not isinstance(config, dict):
+        return config
+    found = {key: without_weights(item) for key, item in config.items()}
+    if "weights" in found.get("init_args", {}):
+        found["init_args"]["weights"] = None
+    return found
+
+
+def known_class(path: str) -> type[nn.Module]:
+    """Find the class that a checkpoint names, if a checkpoint may name it.
+
+    Args:
+        path: The dotted path of a subclass of ``torch.nn.Module``.
+
+    Raises:
+        ValueError: The class is not of a trusted package, nor in a module that the program has imported; or it does not
+            exist, or is no ``nn.Module``.
+    """
+    module_name, _, name = path.rpartition(".")
+    if module_name == "__main__" and not hasattr(sys.modules["__main__"], name):
+        raise ValueError(
+            f"the checkpoint names {name!r} of a script that was run by itself, which cannot be found again; put the class "
+            "into a module that the script imports, train with that, and import it before loading"
+        )
+    if module_name not in sys.modules:
+        if module_name.partition(".")[0] not in TRUSTED_PACKAGES:
+            raise ValueError(
+                f"the checkpoint names the class {path!r}; a checkpoint may name classes of "
+                f"{', '.join(TRUSTED_PACKAGES)}, and of modules that are imported already. If you trust it, import "
+                f"{module_name or path!r} before you load the checkpoint"
+            )
+        try:
+            importlib.import_module(module_name)
+        except ImportError as error:
+            raise ValueError(
+                f"the checkpoint names the class {path!r}, and {module_name!r} cannot be imported"
+            ) from error
+    cls = getattr(sys.modules[module_name], name, None)
+    if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
+        raise ValueError(  # noqa: TRY004 - what is wrong is the checkpoint's content, not the type of an argument
+            f"the checkpoint names {path!r} as a class; that is not a subclass of torch.nn.Module here"
+        )
+    return cls
