@@ -1,12 +1,17 @@
-"""``python -m tl_lightning`` and the console script ``tl-lightning``."""
+"""Run ``python -m tl_lightning`` and the console script ``tl-lightning``."""
 
 import os
 import signal
 import sys
 
+from tl_lightning import __version__
+
 
 def main() -> None:
-    """Run the command line on the arguments of the process; a mistake of the user's is one message, not a traceback."""
+    """Run the command line on the arguments of the process; turn an expected error into one message without traceback."""
+    if sys.argv[1:] == ["--version"]:  # before Lightning is imported, which takes seconds
+        print(f"tl-lightning {__version__}")
+        return
     sys.path.append(os.getcwd())  # classes of the user's own, as 'my_module.MyProbe'; last, so that they hide nothing
     from lightning.pytorch.utilities.exceptions import SIGTERMException
 
@@ -16,9 +21,9 @@ def main() -> None:
     try:
         run()
     except SIGTERMException:
-        # Lightning kills the first process of a node when it finds that another has failed, so those end quietly.
+        # If one process of a node fails, Lightning kills the first. The others exit with 0, so that one failure counts.
         sys.exit(128 + signal.SIGTERM if os.environ.get("LOCAL_RANK", "0") == "0" else 0)
-    except KeyboardInterrupt:  # outside of a fit, where Lightning ends the run itself
+    except KeyboardInterrupt:  # outside fit, where Lightning itself ends the run
         sys.exit(128 + signal.SIGINT)
     except Exception as error:
         message = own_message(error)

@@ -9,6 +9,7 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 
+from tl_lightning import __version__
 from tl_lightning.callbacks import Plan, PredictionWriter, Progress, Summary
 from tl_lightning.callbacks.model_checkpoint import best_checkpoint_callback, default_checkpoints, reverted
 from tl_lightning.cli.arguments import (
@@ -53,7 +54,11 @@ class TransferCLI(LightningCLI):
                 trainer_defaults={"max_epochs": 10, "default_root_dir": "runs", "enable_model_summary": False},
                 seed_everything_default=DEFAULT_SEED,
                 parser_kwargs={name: {"description": text} for name, text in DESCRIPTIONS.items()}
-                | {"description": "Transfer learning for image classification.", "prog": "tl-lightning"},
+                | {
+                    "description": "Transfer learning for image classification.",
+                    "prog": "tl-lightning",
+                    "version": __version__,
+                },
                 parser_class=Parser,
                 args=args,
                 auto_configure_optimizers=False,

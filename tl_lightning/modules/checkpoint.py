@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
 
+from tl_lightning import __version__
 from tl_lightning.transforms import Preprocessing
 from tl_lightning.utils import serialization
 from tl_lightning.utils.hashing import fingerprint
@@ -66,7 +66,7 @@ def describe(classifier: TransferClassifier, state: Mapping[str, Tensor]) -> dic
     """
     return {
         "format": FORMAT,
-        "version": version("tl_lightning"),
+        "version": __version__,
         "model": _describe_object(classifier),
         "left_out": [name for name in TRAINING_ONLY if getattr(classifier, name) is not None],
         "class_names": None if classifier.class_names is None else list(classifier.class_names),
