@@ -1,15 +1,15 @@
-"""All that modules and data share."""
+"""The types by which modules and data meet: a batch, and what each may ask of the other."""
 
 from collections.abc import Mapping, Sequence
-from typing import Literal, NamedTuple, Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
 UNLABELLED = -1
-"""Target of an image whose class is not known, as in prediction."""
+"""Target of an image whose class is unknown, as in prediction."""
 
 PADDING = -1
-"""Index of a row that only fills up a batch, so that every rank runs as many batches; it counts for nothing."""
+"""Index of a padding row, added so that all ranks run equally many batches; excluded from losses and metrics."""
 
 
 class Batch(NamedTuple):
@@ -18,71 +18,41 @@ class Batch(NamedTuple):
     inputs: Tensor
     """Images (N, 3, H, W), or activations of a boundary (N, ...)."""
     target: Tensor
-    """Class numbers (N,), int64; ``UNLABELLED`` where the class is not known."""
-    index: Tensor  # type: ignore[assignment]  # hides tuple.index, which a batch has no use for
-    """Each sample's place in its split (N,), int64; ``PADDING`` for rows that count for nothing."""
+    """Class numbers (N,), int64; ``UNLABELLED`` where the class is unknown."""
+    index: Tensor  # type: ignore[assignment]  # hides tuple.index, which a batch does not need
+    """Place of each sample in its split (N,), int64; ``PADDING`` for padding rows."""
     boundary: str | None
-    """The stage that continues from ``inputs``; None where these are images."""
+    """The first stage that still has to run on ``inputs``; None for images."""
+
+
+class ImageSource:
+    """Base class of data modules that tell modules and callbacks about their images.
+
+    A data module of your own may inherit from it too and set the attributes that it knows.
+    """
+
+    class_names: Sequence[str] | None = None
+    """Names of the classes, in the order of the class numbers."""
+    preprocessing: tuple[object, ...] | None = None
+    """The :class:`tl_lightning.transforms.Preprocessing` of the images; None while it is unknown."""
+    predict_files: Sequence[str] = ()
+    """Path of each image to predict, in the order of ``Batch.index``."""
+    views: int = 0
+    """Number of stored augmented views of each training image; 0 for the images without augmentation."""
+
+
+class EqualBatches:
+    """Base class of loaders that give all ranks equally many batches, so that ranks may talk to each other after each
+    one."""
 
 
 @runtime_checkable
-class NamesClasses(Protocol):
-    """Whatever knows the names of the classes: a data module, for the module that trains on it."""
-
-    @property
-    def class_names(self) -> Sequence[str]:
-        """Names of the classes, in the order of the class numbers."""
-
-
-@runtime_checkable
-class NamesFiles(Protocol):
-    """Whatever knows the files that are predicted: a data module, for those who write predictions down."""
-
-    @property
-    def predict_files(self) -> Sequence[str]:
-        """Path of each image to predict, in the order of ``Batch.index``."""
-
-
-@runtime_checkable
-class Preprocesses(Protocol):
-    """Whatever prepares images for a network: a data module, for the module whose network sees them."""
-
-    @property
-    def preprocessing(self) -> tuple[object, ...] | None:
-        """What the images go through; None if it is not known."""
-
-
-@runtime_checkable
-class IdentifiesImages(Protocol):
-    """Whatever knows images again: a data module, for the module that must not be scored on what it was trained on."""
-
-    def identify(self, split: str) -> Tensor:
-        """Return a number for each image of a split (N,), int64."""
-
-
-@runtime_checkable
-class ServesViews(Protocol):
-    """Whatever serves augmented views in turn: a data module, for the module that sees each image once."""
-
-    views: int
-    """Number of views of each training image; 0 for the images as they are."""
-
-
-@runtime_checkable
-class KeepsInStep(Protocol):
-    """Whatever serves all ranks equally many batches: a loader, for those who let the ranks agree after each."""
-
-    in_step: Literal[True]
-    """That it does."""
-
-
-@runtime_checkable
-class RunsFrom(Protocol):
-    """Whatever can go on from what a part of its network made: a module, for the data module that stores it."""
+class CacheableModule(Protocol):
+    """A module whose frozen stages can be cached: a classifier, as a data module sees it."""
 
     @property
     def backbone(self) -> nn.Module:
         """The network."""
 
     def boundaries(self) -> Mapping[int, str]:
-        """Return from which epoch on, 0 first, which boundary the network has to be run from."""
+        """Map each epoch in which the boundary moves, 0 first, to the first stage whose input can still be cached."""

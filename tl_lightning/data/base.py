@@ -7,6 +7,7 @@ from typing import Any
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
 
+from tl_lightning.batch import ImageSource
 from tl_lightning.data.loader import EpochLoader
 from tl_lightning.data.provenance import Provenance, check_resumed_images, check_unseen
 from tl_lightning.data.sampler import DistributedBatchSampler
@@ -14,7 +15,7 @@ from tl_lightning.data.sampler import DistributedBatchSampler
 _SCORED = {"validate": "val", "test": "test"}
 
 
-class ResumableDataModule(LightningDataModule):
+class ResumableDataModule(ImageSource, LightningDataModule):
     """A data module that keeps its place in the training data, and which images these are, in checkpoints."""
 
     root: Path

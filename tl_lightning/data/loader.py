@@ -2,15 +2,14 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from typing import Literal
 
-from tl_lightning.batch import Batch
+from tl_lightning.batch import Batch, EqualBatches
 from tl_lightning.data.sampler import DistributedBatchSampler
 
 _NOWHERE = (-1, 0)
 
 
-class EpochLoader(ABC):
+class EpochLoader(EqualBatches, ABC):
     """Iterate the batches of an epoch; the state counts the batches that were handed out, not those prefetched.
 
     This is no ``torch.utils.data.DataLoader``, so that Lightning leaves its order alone: Lightning would shuffle it, cut
@@ -19,9 +18,6 @@ class EpochLoader(ABC):
     Args:
         batches: The order.
     """
-
-    in_step: Literal[True] = True
-    """All ranks get equally many batches."""
 
     def __init__(self, batches: DistributedBatchSampler) -> None:
         self.sampler = self.batch_sampler = batches  # where Lightning looks for set_epoch, and for shuffling

@@ -1,9 +1,14 @@
-"""Whether a classifier fits its data and its trainer."""
+"""Checks of classifier, data and trainer that Lightning does not make.
+
+Lightning starts a run whose callbacks monitor unknown scores, change the accumulation or average batch norm statistics
+of frozen layers, and ranks that resume from different checkpoints. Needed for Lightning 2.6; each function can be
+deleted when Lightning raises by itself.
+"""
 
 from collections.abc import Sequence
 from typing import Any
 
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, LightningDataModule, Trainer
 from lightning.pytorch.callbacks import (
     EarlyStopping,
     GradientAccumulationScheduler,
@@ -13,131 +18,145 @@ from lightning.pytorch.callbacks import (
 )
 from lightning.pytorch.utilities import rank_zero_warn
 
-from tl_lightning.batch import IdentifiesImages, NamesClasses, Preprocesses
+from tl_lightning.batch import ImageSource
 from tl_lightning.transforms import Preprocessing
 from tl_lightning.utils.distributed import all_gather_object
 from tl_lightning.utils.messages import unknown
 
+_PACKAGE = __name__.partition(".")[0]
 
-def check_preprocessing(data: object, wanted: Preprocessing) -> None:
-    """Make sure that the data are prepared as the backbone wants.
+
+def check_preprocessing(data: object, expected: Preprocessing) -> None:
+    """Check that the data module prepares images as the backbone expects.
 
     Raises:
-        ValueError: They are prepared for another backbone.
+        ValueError: The images are prepared for another backbone.
     """
-    if isinstance(data, Preprocesses) and data.preprocessing not in (None, wanted):
+    if isinstance(data, ImageSource) and data.preprocessing not in (None, expected):
         raise ValueError(
-            f"the data are prepared by {data.preprocessing}, and the backbone wants {wanted}; pass "
-            "preprocessing=backbone.preprocessing to the data, after setting backbone.preprocessing if it shall be another"
+            f"the data module prepares images by {data.preprocessing}, but the backbone expects {expected}; pass "
+            "preprocessing=backbone.preprocessing to the data module (to use another one, set backbone.preprocessing "
+            "first)"
         )
 
 
 def class_names(data: object, num_classes: int, names: tuple[str, ...] | None) -> tuple[str, ...] | None:
-    """Return the names of the classes: those of the data, where these name any, else the classifier's.
+    """Return the class names of the data module, or those of the classifier where the data module has none.
 
     Raises:
-        ValueError: The data have other classes than the classifier.
+        ValueError: The data module and the classifier have different classes.
     """
-    if not isinstance(data, NamesClasses):
+    if not isinstance(data, ImageSource) or data.class_names is None:
         return names
     found = tuple(data.class_names)
     check_number(num_classes, found)
     if names is not None and names != found:
         raise ValueError(
-            f"the model's classes are {', '.join(names)}, and the data's are {', '.join(found)}; both must be the same, in "
-            "the same order"
+            f"the classes of the model are {', '.join(names)}, but those of the data are {', '.join(found)}; both "
+            "must be the same, in the same order"
         )
     return found
 
 
 def check_number(num_classes: int, names: Sequence[str] | None) -> None:
-    """Make sure that there are as many names as classes.
+    """Check that there is one name for each class.
 
     Raises:
-        ValueError: There are not.
+        ValueError: The numbers differ.
     """
     if names is not None and len(names) != num_classes:
         raise ValueError(
-            f"num_classes is {num_classes}, and there are {len(names)} classes in the data: {', '.join(names)}; leave "
+            f"num_classes is {num_classes}, but the data has {len(names)} classes: {', '.join(names)}; leave "
             "num_classes out on the command line, and pass num_classes=data.num_classes in Python"
         )
 
 
 def check_monitors(trainer: Trainer) -> None:
-    """Make sure, once a validation has been tried, that it logs what callbacks go by.
+    """Check, after the sanity validation, that validation logs the scores that callbacks monitor.
+
+    A classifier of the user's own may log further scores while it trains, so that it only gets a warning.
 
     Raises:
-        ValueError: It does not, and no code of the user's could do it later.
+        ValueError: A monitored score does not exist.
     """
     names = sorted(trainer.callback_metrics)
-    going_by: list[tuple[object, str | None]] = [
+    monitors: list[tuple[object, str | None]] = [
         (callback, callback.monitor)
-        for callback in trainer.callbacks  # type: ignore[attr-defined]  # Lightning's own list
+        for callback in _callbacks(trainer)
         if isinstance(callback, ModelCheckpoint) or (isinstance(callback, EarlyStopping) and callback.strict)
     ]
-    going_by += [(each.scheduler, each.monitor) for each in trainer.lr_scheduler_configs if each.reduce_on_plateau]
-    own = type(trainer.lightning_module).__module__.partition(".")[0] != __name__.partition(".")[0]
-    for what, monitor in going_by:
+    monitors += [(each.scheduler, each.monitor) for each in trainer.lr_scheduler_configs if each.reduce_on_plateau]
+    is_user_class = type(trainer.lightning_module).__module__.partition(".")[0] != _PACKAGE
+    for owner, monitor in monitors:
         if monitor is None or monitor in (*names, "train_loss"):
             continue
-        text = f"{type(what).__name__} monitors an {unknown('score', monitor, names)}, and train_loss"
-        if own and monitor.startswith("val"):  # a class of the user's may log others while it trains
+        text = f"{type(owner).__name__} monitors an {unknown('score', monitor, names)}, and train_loss"
+        if is_user_class and monitor.startswith("val"):
             rank_zero_warn(f"{text}, in the validation that was tried before training")
-        elif not own and (monitor.startswith("val") or f"val_{monitor}" in names):
+        elif not is_user_class and (monitor.startswith("val") or f"val_{monitor}" in names):
             raise ValueError(text)
 
 
 def check_checkpoint(trainer: Trainer) -> None:
-    """Make sure that all ranks go on from the same checkpoint: each has looked for the last one by itself.
+    """Check that all ranks resume from the same checkpoint, since each rank looks for it by itself.
 
     Raises:
-        ValueError: They do not.
+        ValueError: The checkpoints differ.
     """
     found = all_gather_object(None if trainer.ckpt_path is None else str(trainer.ckpt_path))
     if len(set(found)) > 1:
         raise ValueError(
-            f"the processes go on from different checkpoints, {' and '.join(map(repr, dict.fromkeys(found)))}, since another run was "
-            "begun at the same time: give the path of one"
+            f"the processes resume from different checkpoints, {' and '.join(map(repr, dict.fromkeys(found)))}, "
+            "because another run was started at the same time: give the path of one checkpoint"
         )
 
 
-def adopt_data_state(data: object, checkpoint: dict[str, Any]) -> None:
-    """Let a data module take up the state of another class, as that of stored features of the same images.
+def load_data_state(data: object, checkpoint: dict[str, Any]) -> None:
+    """Give the data module the state that a data module of another class has saved.
 
-    Lightning gives it that of its own class alone, so that images would not be known as those that were trained on.
+    Lightning restores the state of the same class only (trainer/connectors/checkpoint_connector.py,
+    ``restore_datamodule``). A run on cached features and a run on the images themselves have the same place in the
+    data.
 
     Args:
-        data: The data module at hand.
-        checkpoint: As it was read; it is changed.
+        data: The data module.
+        checkpoint: The checkpoint.
     """
-    if not isinstance(data, IdentifiesImages):
+    if not isinstance(data, ImageSource) or not isinstance(data, LightningDataModule):
         return
-    for state in list(checkpoint.values()):
+    if type(data).__qualname__ in checkpoint:
+        return
+    for state in checkpoint.values():
         if isinstance(state, dict) and state.keys() >= {"place", "images"}:
-            checkpoint.setdefault(type(data).__qualname__, state)
+            data.load_state_dict(state)
 
 
 def check_callbacks(trainer: Trainer) -> None:
-    """Make sure that no callback of the trainer's undoes what the classifier does.
+    """Check that no callback conflicts with the classifier.
 
     Raises:
-        ValueError: One does.
+        ValueError: A callback changes the accumulation, averages frozen batch norm statistics, or sets one learning
+            rate for all groups.
     """
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]  # Lightning's own list
+    for callback in _callbacks(trainer):
         if isinstance(callback, GradientAccumulationScheduler):
-            raise ValueError(  # noqa: TRY004 - what is wrong is a choice of the user's
-                "GradientAccumulationScheduler changes how many batches make a step, which neither the schedule of the learning "
-                "rates nor a resumed run can follow: give trainer.accumulate_grad_batches"
+            raise ValueError(  # noqa: TRY004 - the user's choice is wrong, not a type
+                "GradientAccumulationScheduler changes how many batches make a step, so neither the learning rate "
+                "schedule nor a resumed run can follow it: give trainer.accumulate_grad_batches"
             )
         if isinstance(callback, StochasticWeightAveraging):
-            raise ValueError(  # noqa: TRY004 - what is wrong is a choice of the user's
-                "StochasticWeightAveraging computes the statistics of all batch norm anew, that of frozen layers too: use "
-                "tl_lightning.callbacks.EMA to average weights"
+            raise ValueError(  # noqa: TRY004 - the user's choice is wrong, not a type
+                "StochasticWeightAveraging recomputes the statistics of all batch norm layers, the frozen ones "
+                "included: use tl_lightning.callbacks.EMA to average weights"
             )
         if (
             isinstance(callback, LearningRateFinder) and not callback._early_exit
         ):  # the tuner's own ends before training
             raise ValueError(
-                "LearningRateFinder gives every group of the optimizer the same rate, and schedules do not follow it: call "
+                "LearningRateFinder gives all groups of the optimizer the same rate, and schedules ignore it: call "
                 "lightning.pytorch.tuner.Tuner(trainer).lr_find(model, datamodule=data) before fit, which sets model.lr"
             )
+
+
+def _callbacks(trainer: Trainer) -> list[Callback]:
+    return trainer.callbacks  # type: ignore[attr-defined,no-any-return]  # Lightning's own list

@@ -1,4 +1,9 @@
-"""The mean loss."""
+"""The mean loss over samples, also where the loss is not a number.
+
+torchmetrics' MeanMetric either skips losses that are not a number or, with ``nan_strategy="disable"``, ignores the
+weights (torchmetrics 1.9, https://github.com/Lightning-AI/torchmetrics/blob/master/src/torchmetrics/aggregation.py).
+This file can be deleted when MeanMetric keeps both.
+"""
 
 import torch
 from torch import Tensor
@@ -6,11 +11,7 @@ from torchmetrics import Metric
 
 
 class MeanLoss(Metric):
-    """The mean over samples of a loss that is known as the mean of each batch, over batches and ranks.
-
-    Unlike torchmetrics' MeanMetric it neither passes over a loss that is not a number nor, told to let it through
-    (``nan_strategy="disable"``, torchmetrics 1.9), forgets how many samples a batch has.
-    """
+    """Average a loss over samples, batches and ranks, given the mean loss of each batch."""
 
     full_state_update = False
     total: Tensor
@@ -22,10 +23,8 @@ class MeanLoss(Metric):
         self.add_state("count", torch.zeros(()), dist_reduce_fx="sum")
 
     def update(self, mean: Tensor, samples: int) -> None:
-        """Add the mean loss (a scalar) of so many samples."""
-        self.total = (
-            self.total + mean * samples
-        )  # not in place: validation before a fit leaves an inference tensor here
+        """Add the mean loss (a scalar) of a batch of ``samples``."""
+        self.total = self.total + mean * samples  # not in place: the sanity validation leaves inference tensors here
         self.count = self.count + samples
 
     def compute(self) -> Tensor:
@@ -34,9 +33,9 @@ class MeanLoss(Metric):
 
     @property
     def sums(self) -> Tensor:
-        """Sum of the losses, and number of samples (2,), of this rank so far."""
+        """Sum of the losses and number of samples (2,) of this rank so far."""
         return torch.stack([self.total, self.count]).detach()
 
     def load_sums(self, sums: Tensor) -> None:
-        """Begin with the sums (2,) of another."""
+        """Start from the :attr:`sums` (2,) of an interrupted epoch."""
         self.total, self.count = sums.to(self.total)

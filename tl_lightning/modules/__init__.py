@@ -1,6 +1,6 @@
-"""Lightning modules: a file for each strategy."""
+"""Lightning modules: a file for each strategy, and the base that they share."""
 
-from tl_lightning.modules._frozen_guard import FrozenGuard
+from tl_lightning.modules._frozen_guard import FrozenDriftError, FrozenGuard
 from tl_lightning.modules._stages import StageSchedule
 from tl_lightning.modules.base import TransferClassifier
 from tl_lightning.modules.custom_head import CustomHeadClassifier
@@ -11,6 +11,7 @@ from tl_lightning.modules.partial_fine_tuning import PartialFineTuning
 __all__ = [
     "CustomHeadClassifier",
     "FeatureCacheClassifier",
+    "FrozenDriftError",
     "FrozenGuard",
     "LinearProbe",
     "PartialFineTuning",

@@ -11,7 +11,7 @@ from tl_lightning.lightning_fixes.mean_loss import MeanLoss
 
 
 class EvaluationMixin(LightningModule):
-    """A module whose loss and metrics are over real samples alone, each counted once, on any number of ranks."""
+    """A module whose loss and metrics count each sample once, on any number of ranks; padding rows do not count."""
 
     @abstractmethod
     def compute_loss(self, logits: Tensor, target: Tensor) -> Tensor:
@@ -19,14 +19,14 @@ class EvaluationMixin(LightningModule):
 
     @abstractmethod
     def forward_from(self, inputs: Tensor, boundary: str | None) -> Tensor:
-        """Continue from a boundary to class scores."""
+        """Continue from a boundary to the logits."""
 
     @abstractmethod
     def build_metrics(self) -> MetricCollection:
         """Build the metrics of validation and test; their names are logged after ``val_`` and ``test_``."""
 
     def build_evaluation(self) -> None:
-        """Build a loss and metrics for validation, and the same for test."""
+        """Build the losses and metrics of validation and test."""
         self.val_loss, self.test_loss = MeanLoss(), MeanLoss()
         metrics = self.build_metrics()
         self.val_metrics, self.test_metrics = metrics.clone(prefix="val_"), metrics.clone(prefix="test_")
@@ -41,9 +41,9 @@ class EvaluationMixin(LightningModule):
 
     def _evaluate(self, batch: Batch, loss_name: str, loss: MeanLoss, metrics: MetricCollection) -> None:
         logits = self.forward_from(batch.inputs, batch.boundary)
-        real = batch.index != PADDING
-        if bool(real.any()):
-            logits, target = logits[real], batch.target[real]
+        is_sample = batch.index != PADDING
+        if bool(is_sample.any()):
+            logits, target = logits[is_sample], batch.target[is_sample]
             loss.update(self.compute_loss(logits, target), len(logits))
             metrics.update(logits, target)
         self.log(loss_name, loss, on_step=False, on_epoch=True)
@@ -53,6 +53,6 @@ class EvaluationMixin(LightningModule):
         """Compute the probability of each class.
 
         Shape:
-            Output: (N, K), rows of padding included; ``batch.index`` tells which these are.
+            Output: (N, K), including padding rows; ``batch.index`` tells them apart.
         """
         return self.forward_from(batch.inputs, batch.boundary).float().softmax(-1)

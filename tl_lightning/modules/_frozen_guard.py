@@ -1,4 +1,4 @@
-"""Prove that what is frozen does not move, and that ranks agree."""
+"""Proof that frozen tensors do not change and that ranks agree."""
 
 from typing import Any
 
@@ -14,92 +14,90 @@ _LISTED = 5
 
 
 class FrozenDriftError(RuntimeError):
-    """A frozen tensor has changed, or replicas differ."""
+    """A frozen tensor has changed, or the ranks have different weights."""
 
 
 class FrozenGuard(Callback):
-    """Take a fingerprint of everything frozen when a stage begins, and compare it when the stage, or the fit, ends.
+    """Hash the frozen tensors when stages start to train, and compare the hashes when other stages do, or the fit ends.
 
-    On several ranks, all parameters and frozen buffers must then be the same on each as well. Every classifier brings
-    one; to go without, override ``configure_callbacks``.
+    On several ranks, all parameters and frozen buffers must also be the same on each rank. Every classifier adds this
+    callback to its trainer.
     """
 
     def __init__(self) -> None:
         self._trained: frozenset[str] | None = None
-        self._before: dict[str, str] = {}
+        self._hashes: dict[str, str] = {}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Take the fingerprint of what the first stage leaves alone."""
-        self._begin(pl_module)
+        """Hash the tensors that are frozen at the start."""
+        self._start_stage(pl_module)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Compare where a stage has ended, and begin again.
+        """Compare the hashes, and hash anew, once other stages train.
 
         Raises:
-            FrozenDriftError: Something frozen has changed, or replicas differ.
+            FrozenDriftError: A frozen tensor has changed, or the ranks have different weights.
         """
-        if self._trained != _staging(pl_module).trained:
+        if self._trained != _freeze_policy(pl_module).unfrozen:
             self.end_stage(trainer, pl_module)
-            self._begin(pl_module)
+            self._start_stage(pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Compare at the end of the fit.
+        """Compare the hashes at the end of the fit.
 
         Raises:
-            FrozenDriftError: Something frozen has changed, or replicas differ.
+            FrozenDriftError: A frozen tensor has changed, or the ranks have different weights.
         """
         self.end_stage(trainer, pl_module)
 
     def end_stage(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Compare, unless that was done already: before a stage changes, and with it what DDP makes equal on all ranks.
+        """Compare the hashes, once for each stage: before other stages are unfrozen and DDP is wrapped again.
 
         Raises:
-            FrozenDriftError: Something frozen has changed, or replicas differ.
+            FrozenDriftError: A frozen tensor has changed, or the ranks have different weights.
         """
         if self._trained is not None:
             self._trained = None
             self._compare(trainer, pl_module)
 
-    def _begin(self, pl_module: LightningModule) -> None:
-        self._trained = _staging(pl_module).trained
-        self._before = fingerprints(_still(pl_module))
+    def _start_stage(self, pl_module: LightningModule) -> None:
+        self._trained = _freeze_policy(pl_module).unfrozen
+        self._hashes = fingerprints(_frozen_tensors(pl_module))
 
     def _compare(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        tensors = _tensors(pl_module)
-        now = fingerprints({name: tensors[name] for name in self._before})
-        here = [name for name, digest in self._before.items() if now[name] != digest]
+        tensors = dict(pl_module.named_parameters()) | dict(pl_module.named_buffers())
+        now = fingerprints({name: tensors[name] for name in self._hashes})
+        here = [name for name, digest in self._hashes.items() if now[name] != digest]
         drifted = list(dict.fromkeys(name for each in all_gather_object(here) for name in each))
         if drifted:
             raise FrozenDriftError(
-                f"{_list(drifted)} changed while frozen. Something has written to it: look for code that trains it by itself, "
-                "copies weights, or calls the backbone in train mode outside training_step"
+                f"{_list(drifted)} changed while frozen, so some code has written to it: look for code that trains it "
+                "by itself, copies weights, or calls the backbone in train mode outside training_step"
             )
         if trainer.world_size > 1:
-            moving = {n: p for n, p in pl_module.named_parameters() if n not in now and not isinstance(p, DTensor)}
-            mine = {n: d for n, d in now.items() if not isinstance(tensors[n], DTensor)} | fingerprints(moving)
+            trained = {n: p for n, p in pl_module.named_parameters() if n not in now and not isinstance(p, DTensor)}
+            mine = {n: d for n, d in now.items() if not isinstance(tensors[n], DTensor)} | fingerprints(trained)
             found = all_gather_object(mine)
             differing = [name for name, digest in found[0].items() if any(other[name] != digest for other in found)]
             if differing:
                 raise FrozenDriftError(
-                    f"{_list(differing)} differs between the {trainer.world_size} ranks, so they no longer train one model. "
-                    "Gradients that are not reduced do this: look for parameters that are used outside training_step"
+                    f"{_list(differing)} differs between the {trainer.world_size} ranks, so they no longer train one "
+                    "model. Gradients that are not reduced do this: look for parameters that are used outside "
+                    "training_step"
                 )
 
 
-def _staging(pl_module: LightningModule) -> FreezePolicy:
-    freeze_policy = getattr(pl_module, "freeze_policy", None)
-    if not isinstance(freeze_policy, FreezePolicy):
+def _freeze_policy(pl_module: LightningModule) -> FreezePolicy:
+    policy = getattr(pl_module, "freeze_policy", None)
+    if not isinstance(policy, FreezePolicy):
         raise TypeError(f"FrozenGuard guards a TransferClassifier, not a {type(pl_module).__name__}")
-    return freeze_policy
+    return policy
 
 
-def _still(pl_module: LightningModule) -> dict[str, Tensor]:
+def _frozen_tensors(pl_module: LightningModule) -> dict[str, Tensor]:
     frozen = {name: p.detach() for name, p in pl_module.named_parameters() if not p.requires_grad}
-    return frozen | {f"backbone.{name}": tensor for name, tensor in _staging(pl_module).frozen_tensors().items()}
-
-
-def _tensors(pl_module: LightningModule) -> dict[str, Tensor]:
-    return dict(pl_module.named_parameters()) | dict(pl_module.named_buffers())
+    buffers = _freeze_policy(pl_module).frozen_tensors()
+    return frozen | {f"backbone.{name}": tensor for name, tensor in buffers.items()}
 
 
 def _list(names: list[str]) -> str:

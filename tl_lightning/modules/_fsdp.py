@@ -1,4 +1,4 @@
-"""Shard what trains over the processes of a ModelParallelStrategy."""
+"""Sharding of the trainable parameters with FSDP2, under a ModelParallelStrategy."""
 
 from typing import Any
 
@@ -17,10 +17,10 @@ from tl_lightning.freezing import HEAD, FreezePolicy
 
 
 def configure_strategy(strategy: Strategy, stage: str) -> None:
-    """Let a ModelParallelStrategy write each checkpoint as one file, and score any of them, as all others do.
+    """Let a ModelParallelStrategy save each checkpoint as one file, and score any checkpoint.
 
-    By its default it writes a folder with a part for each process, which is no classifier that could be loaded. And what is
-    to be scored after a fit it reads into the optimizer as well, which fails where other parts train by then.
+    By default it saves a folder with one part for each process, which no classifier can be loaded from. It also loads
+    the optimizer of a checkpoint that is only scored, which fails where other stages train by then.
     """
     if isinstance(strategy, ModelParallelStrategy):
         strategy._save_distributed_checkpoint = False
@@ -29,28 +29,29 @@ def configure_strategy(strategy: Strategy, stage: str) -> None:
 
 
 def load_optimizer_state(optimizer: Optimizer, saved: dict[str, Any]) -> None:
-    """Give an optimizer of sharded parameters the state that it had; on all ranks.
+    """Load the state of an optimizer of sharded parameters, on all ranks.
 
-    What loads checkpoints for ModelParallelStrategy leaves out the state of what does not train at that moment, and makes one
-    up for what does and had none (torch.distributed.checkpoint.state_dict, ``_split_optim_state_dict``, ``_init_optim_state``).
+    ModelParallelStrategy drops the optimizer state of frozen parameters on load, and invents a state for trainable
+    parameters that had none (torch.distributed.checkpoint.state_dict, ``_split_optim_state_dict``,
+    ``_init_optim_state``).
 
     Args:
-        optimizer: Of the classifier.
-        saved: Its state in the checkpoint, whole.
+        optimizer: The optimizer of the classifier.
+        saved: Its whole state in the checkpoint.
     """
     for group, saved_group in zip(optimizer.param_groups, saved["param_groups"], strict=True):
         for parameter, number in zip(group["params"], saved_group["params"], strict=True):
             optimizer.state.pop(parameter, None)
             if number in saved["state"]:
                 state = saved["state"][number]
-                counts = () if group.get("fused") or group.get("capturable") else ("step",)
+                on_cpu = () if group.get("fused") or group.get("capturable") else ("step",)
                 optimizer.state[parameter] = {
-                    name: value if name in counts else _as(parameter, value) for name, value in state.items()
+                    name: value if name in on_cpu else _placed(parameter, value) for name, value in state.items()
                 }
 
 
-def _as(parameter: Tensor, value: Any) -> Any:
-    """Return a part of an optimizer's state where torch has it: all but the count of steps, which most keep on the CPU."""
+def _placed(parameter: Tensor, value: Any) -> Any:
+    """Return a value of an optimizer's state on the device and with the placement of its parameter."""
     if not isinstance(value, Tensor):
         return value
     value = value.to(parameter.device)
@@ -60,45 +61,43 @@ def _as(parameter: Tensor, value: Any) -> Any:
 
 
 def shard(classifier: LightningModule, freeze_policy: FreezePolicy, mesh: DeviceMesh) -> None:
-    """Apply FSDP2 (https://docs.pytorch.org/docs/stable/distributed.fsdp.fully_shard.html) to everything that may train.
+    """Apply FSDP2 to all trainable parameters.
 
-    What never trains stays whole on every process: it has neither gradients nor optimizer state, which is what sharding
-    saves.
+    Frozen parameters stay whole on every process: they have neither gradients nor optimizer state, which is the memory
+    that sharding saves. See https://docs.pytorch.org/docs/stable/distributed.fsdp.fully_shard.html.
 
     Args:
-        classifier: Its head and further parts are sharded as they are; of the backbone, each module that a trainable stage
-            calls.
-        freeze_policy: Says which stages may train.
-        mesh: Of the strategy; its dimension ``data_parallel`` is used.
+        classifier: The classifier: its head and other parts are sharded whole; of the backbone, each module that a
+            trainable stage calls. freeze_policy: Tells which stages may train. mesh: The mesh of the strategy, whose
+            dimension ``data_parallel`` is used.
 
     Raises:
-        ValueError: A stage that may train has parameters outside its modules, or batch norm trains.
+        ValueError: A trainable stage has parameters outside its modules, or batch norm trains.
     """
-    data_parallel = mesh["data_parallel"]
     heads = [module for name, module in classifier.named_children() if name != "backbone" and _parameters(module)]
     units = list(heads)
     if freeze_policy.boundary != HEAD:
         suffix = freeze_policy.backbone.split(freeze_policy.boundary)[1]
         parts = called_by(suffix) if isinstance(suffix, Segment) else [suffix]
         units += [part for part in parts if _parameters(part)]
-    moving = units if freeze_policy.train_bn else heads
-    if any(isinstance(module, _NormBase) for unit in moving for module in unit.modules()):
+    updated = units if freeze_policy.train_bn else heads
+    if any(isinstance(module, _NormBase) for unit in updated for module in unit.modules()):
         raise ValueError(
-            "batch norm that trains would have other statistics on each process of a ModelParallelStrategy: use strategy 'ddp', or "
-            "leave out train_bn, and batch norm in the head"
+            "under a ModelParallelStrategy, each process would have other batch norm statistics: use strategy 'ddp', "
+            "or leave out train_bn, and batch norm in the head"
         )
     covered = {id(parameter) for unit in units for parameter in unit.parameters()}
-    names = [name for stage in freeze_policy.trainable for name in freeze_policy.stages[stage].parameters]
-    loose = [name for name in names if id(freeze_policy.backbone.get_parameter(name)) not in covered]
-    if loose:
+    names = [name for stage in freeze_policy.unfreezable for name in freeze_policy.stages[stage].parameters]
+    uncovered = [name for name in names if id(freeze_policy.backbone.get_parameter(name)) not in covered]
+    if uncovered:
         raise ValueError(
-            f"{', '.join(loose[:5])} lies outside the modules of its stage and cannot be sharded: use strategy 'ddp', or a later "
-            "stage as unfreeze_from"
+            f"{', '.join(uncovered[:5])} lies outside the modules of its stage and cannot be sharded: use strategy "
+            "'ddp', or a later stage as unfreeze_from"
         )
-    freeze_policy.backbone.to(memory_format=torch.contiguous_format)  # the only layout that FSDP2 takes
+    freeze_policy.backbone.to(memory_format=torch.contiguous_format)  # FSDP2 takes no other layout
     for unit in units:
-        # Each unit is its own root; by default it would stay whole after a validation.
-        fully_shard(unit, mesh=data_parallel, reshard_after_forward=True)
+        # Each unit is its own root, which by default stays whole after a validation.
+        fully_shard(unit, mesh=mesh["data_parallel"], reshard_after_forward=True)
 
 
 def _parameters(module: nn.Module) -> list[nn.Parameter]:

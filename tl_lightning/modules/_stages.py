@@ -1,53 +1,80 @@
-"""Which stages train from which epoch on, and from where the network has to be run."""
+"""The stages of a classifier: which of them train, and where a forward pass may start."""
 
 from abc import ABC
 from collections.abc import Sequence
 
+import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from typing_extensions import Self
 
 from tl_lightning.backbones import Backbone
-from tl_lightning.freezing import HEAD, FreezePolicy, as_frozen
+from tl_lightning.freezing import HEAD, MAP, FreezePolicy, frozen_forward
+from tl_lightning.heads import HeadCallable, MapHead
+from tl_lightning.modules.auxiliary import AuxiliaryHeads
+from tl_lightning.utils.serialization import as_factory
 
 
 class StageSchedule(ABC):
-    """A callback that lets stages train from given epochs on."""
+    """Base class of callbacks that unfreeze stages at given epochs."""
 
     schedule: dict[int, str | int]
-    """From which epoch on, which stage and all after it; before the first of them, the head alone."""
+    """Maps an epoch to the first stage that trains from this epoch on; before the first one, the head trains alone."""
+
+
+def is_map_head(head: HeadCallable) -> bool:
+    """Return whether a head takes the spatial map."""
+    factory = as_factory(head)
+    return factory is not None and issubclass(factory.func, MapHead)  # type: ignore[arg-type]  # the partial of a class
 
 
 class StagesMixin(LightningModule):
-    """A module with a backbone, of which some stages train, and a head."""
+    """A module with a backbone, some stages of which train, and a head."""
 
     backbone: Backbone
     head: nn.Module
+    head_factory: HeadCallable
+    on_map: bool
+    """Whether the head takes the spatial map."""
     freeze_policy: FreezePolicy
+    auxiliary_heads: AuxiliaryHeads
 
     def train_from(self, stage: str | int) -> None:
-        """Let the head train, and the backbone from a stage on; ``"head"`` is the head alone.
+        """Train the head and the backbone from a stage on; ``"head"`` trains the head alone.
 
         A subclass with another order of stages overrides :meth:`stages_from`.
 
         Raises:
-            ValueError: There is no such stage, or it may not train.
+            ValueError: The stage is unknown, or may not train.
         """
         names = self.stages_from(stage)
-        wrong = [name for name in names if name not in self.freeze_policy.trainable]
-        if wrong:
+        forbidden = [name for name in names if name not in self.freeze_policy.unfreezable]
+        if forbidden:
             raise ValueError(
-                f"stages_from({stage!r}) of {type(self).__name__} gives {', '.join(wrong)}, and only "
-                f"{', '.join(self.freeze_policy.trainable) or 'the head'} may train: return some of these"
+                f"stages_from({stage!r}) of {type(self).__name__} gives {', '.join(forbidden)}, but only "
+                f"{', '.join(self.freeze_policy.unfreezable) or 'the head'} may train: return some of these"
             )
-        self.freeze_policy.train(names)
+        self.freeze_policy.unfreeze_only(names)
+        self.auxiliary_heads.train_with(names)
 
     def stages_from(self, stage: str | int) -> Sequence[str]:
-        """Return the names of the backbone's stages that train when training goes from ``stage`` on."""
+        """Return the names of the stages that train when training goes from ``stage`` on."""
         return self.freeze_policy.stages_from(stage)
 
+    def map_channels(self) -> int:
+        """Return the number of channels of the backbone's spatial map."""
+        was_training = self.backbone.training
+        self.backbone.eval()
+        with torch.no_grad():
+            images = torch.zeros(1, 3, *self.backbone.preprocessing.crop_shape)
+            channels = self.backbone.forward_map(images).shape[1]
+        self.backbone.train(was_training)
+        return channels
+
+    # Forward ----------------------------------------------------------------------------------------------------------
+
     def forward(self, images: Tensor) -> Tensor:
-        """Compute class scores.
+        """Compute the logits of images.
 
         Shape:
             images: (N, 3, H, W). Output: (N, K).
@@ -55,11 +82,11 @@ class StagesMixin(LightningModule):
         return self.forward_from(images, None)
 
     def forward_from(self, inputs: Tensor, boundary: str | None) -> Tensor:
-        """Continue from a boundary to class scores.
+        """Continue from a boundary to the logits.
 
         Args:
-            inputs: Images (N, 3, H, W), or what the backbone's part before ``boundary`` made of them.
-            boundary: First stage that is still to come, ``"head"`` if none is; None for images.
+            inputs: Images (N, 3, H, W), or the activations (N, ...) that the backbone computes before ``boundary``.
+            boundary: The first stage to run, ``"head"`` for none of the backbone; None for images.
 
         Shape:
             Output: (N, K).
@@ -68,48 +95,65 @@ class StagesMixin(LightningModule):
         return logits
 
     def features_from(self, inputs: Tensor, boundary: str | None) -> Tensor:
-        """Continue from a boundary to what the head takes; without autograd up to where the backbone may train.
+        """Continue from a boundary to the input of the head; the frozen stages run without autograd.
+
+        Shape:
+            Output: pooled features (N, D), or the spatial map (N, C, h, w) for a head that takes it.
 
         Raises:
-            ValueError: The inputs come from a boundary before which a part that may train lies.
+            ValueError: The boundary lies behind a trainable stage, or the spatial map cannot be computed from it.
         """
+        if self.on_map:
+            return self._map_from(inputs, boundary)
         if boundary == HEAD:
             return inputs
         first = self.freeze_policy.boundary
         if first == HEAD:
             rest = self.backbone if boundary is None else self.backbone.split(boundary)[1]
-            with as_frozen(inputs.device.type):
-                return rest(inputs)  # type: ignore[no-any-return]  # a module's output
+            with frozen_forward(inputs.device.type):
+                return rest(inputs)  # type: ignore[no-any-return]  # the output of a module
         if boundary is None:
             prefix, suffix = self.backbone.split(first)
-            with as_frozen(inputs.device.type):
+            with frozen_forward(inputs.device.type):
                 inputs = prefix(inputs)
             return self.run_suffix(suffix, inputs)
         stages = self.backbone.stages
         if stages.index(boundary) < stages.index(first):
-            raise ValueError(f"activations of the boundary {boundary!r} are given, and training begins at {first!r}")
+            raise ValueError(f"activations of the boundary {boundary!r} are given, but training starts at {first!r}")
         return self.run_suffix(self.backbone.split(boundary)[1], inputs)
 
+    def _map_from(self, inputs: Tensor, boundary: str | None) -> Tensor:
+        if boundary == MAP:
+            return inputs
+        if boundary is not None:
+            raise ValueError(f"the head takes the spatial map, which cannot be computed from the boundary {boundary!r}")
+        with frozen_forward(inputs.device.type):
+            return self.backbone.forward_map(inputs)
+
     def run_suffix(self, suffix: nn.Module, inputs: Tensor) -> Tensor:
-        """Run the part of the backbone that may train."""
+        """Run the trainable part of the backbone and, in training, the auxiliary heads."""
+        if self.training:
+            return self.auxiliary_heads.run(suffix, inputs)
         features: Tensor = suffix(inputs)
         return features
 
     def train(self, mode: bool = True) -> Self:
-        """Switch everything but the frozen parts to train mode, or everything to eval mode."""
+        """Set train or eval mode; frozen stages stay in eval mode."""
         super().train(mode)
         self.freeze_policy.freeze(training=mode)
         return self
 
-    # For data modules that store what does not change ---------------------------------------------------------------
+    # For data modules that cache frozen stages ------------------------------------------------------------------------
 
     def boundaries(self) -> dict[int, str]:
-        """Return from which epoch on which boundary the network has to be run from: nothing before it has trained by then.
+        """Map each epoch in which the boundary moves, 0 first, to the first stage whose input can still be cached.
 
-        It is a function of the epoch alone, and never moves towards the output again, since what has trained once is not
-        what it was.
+        This is a function of the epoch alone. The boundary never moves towards the output again, because a stage that
+        has trained once has changed.
         """
-        schedule: dict[int, str | int] = {0: self.freeze_policy.trainable[0] if self.freeze_policy.trainable else HEAD}
+        if self.on_map:
+            return {0: MAP}
+        schedule: dict[int, str | int] = {0: self.freeze_policy.unfreezable[0] if self.freeze_policy.unfreezable else HEAD}
         for callback in [] if self._trainer is None else self.trainer.callbacks:  # type: ignore[attr-defined]  # Lightning's own list
             if isinstance(callback, StageSchedule):
                 schedule = {0: HEAD, **callback.schedule}

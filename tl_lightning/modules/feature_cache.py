@@ -1,4 +1,4 @@
-"""Heads that are solved for on the whole feature matrix."""
+"""Heads that are solved for in closed form on the whole feature matrix."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -6,21 +6,21 @@ from typing import Any
 import torch
 from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
 from tl_lightning.backbones import Backbone
-from tl_lightning.batch import PADDING, Batch, ServesViews
-from tl_lightning.heads import ClosedFormHead, HeadCallable, LogisticRegressionHead, check_head_factory
+from tl_lightning.batch import PADDING, Batch, ImageSource
+from tl_lightning.heads import ClosedFormHead, HeadCallable, LogisticRegressionHead
 from tl_lightning.modules.base import TransferClassifier
 from tl_lightning.utils.seeding import derive_seed, run_seed
-from tl_lightning.utils.serialization import as_factory
 
 
 class FeatureCacheClassifier(TransferClassifier):
-    """Fit a head to the features of all training images at once: converged logistic regression, nearest neighbours, class means.
+    """Solve for a head on the features of all training images: converged logistic regression, nearest neighbours, class
+    means.
 
-    A fit is one pass over the training data, whatever ``max_epochs`` says; over
+    A fit is one pass over the training data, whatever ``max_epochs`` is; over
     :class:`tl_lightning.data.CachedFeaturesDataModule` it takes seconds. On several ranks, all solve the same problem.
 
     Args:
@@ -31,7 +31,7 @@ class FeatureCacheClassifier(TransferClassifier):
         class_names: Names of the classes, in the order of their numbers; None takes them from the data module.
 
     Raises:
-        ValueError: The head is none that is fitted, or what :class:`TransferClassifier` raises.
+        ValueError: The head trains by steps, or see :class:`TransferClassifier`.
     """
 
     def __init__(
@@ -41,52 +41,47 @@ class FeatureCacheClassifier(TransferClassifier):
         head: HeadCallable | None = None,
         class_names: Sequence[str] | None = None,
     ) -> None:
-        check_head_factory(head or LogisticRegressionHead)
-        self.head_factory = as_factory(head or LogisticRegressionHead) or head or LogisticRegressionHead
-        super().__init__(backbone, num_classes, class_names)
+        super().__init__(backbone, num_classes, class_names, head=head or LogisticRegressionHead)
         if not isinstance(self.head, ClosedFormHead):
-            raise ValueError(  # noqa: TRY004 - what is wrong is a choice of the user's
+            raise ValueError(  # noqa: TRY004 - the user's choice is wrong, not a type
                 f"{type(self.head).__name__} is trained step by step: use it with CustomHeadClassifier, or choose "
                 "LogisticRegressionHead, NearestNeighbourHead or ClassMeanHead"
             )
         self.automatic_optimization = False
         self._seen: list[tuple[Tensor, Tensor, Tensor]] = []
 
-    def build_head(self, in_features: int, num_classes: int) -> nn.Module:
-        """Build the head that was chosen."""
-        return self.head_factory(in_features, num_classes)
-
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """Return what counts as one step of an optimizer: the whole solution."""
+        """Return an optimizer whose only step is the whole solution."""
         return _Solution(self.parameter_groups())
 
     def setup(self, stage: str) -> None:
-        """Make the run as long as the solution takes.
+        """Limit the fit to one pass.
 
         Raises:
-            ValueError: A callback averages weights, the data have several views of an image, or the network has another precision.
+            ValueError: A callback averages weights, the data has several views of an image, or the precision is not
+                single or mixed.
         """
-        super().setup(stage)
         if stage != "fit":
             return
         data = getattr(self.trainer, "datamodule", None)
-        if isinstance(data, ServesViews) and data.views:
+        if isinstance(data, ImageSource) and data.views:
             raise ValueError(
-                f"data.views is {data.views}; the head is solved for on the images as they are: leave views out, or train "
-                "LinearProbe"
+                f"data.views is {data.views}, but the head is solved for on the images without augmentation: leave "
+                "views out, or train LinearProbe"
             )
         if str(self.trainer.precision) not in ("32-true", "16-mixed", "bf16-mixed"):
             raise ValueError(
-                f"the head is solved for in single precision, and precision is {self.trainer.precision}: use 32-true, or a mixed one"
+                f"precision is {self.trainer.precision}, but the head is solved for in single precision: use 32-true, "
+                "or a mixed precision"
             )
         self.trainer.fit_loop.max_epochs = 1
         self._seen.clear()
         if any(isinstance(callback, WeightAveraging) for callback in self.trainer.callbacks):  # type: ignore[attr-defined]  # Lightning's own list
             raise ValueError(
-                "the head is solved for in one step, so there is nothing to average: leave the callback out"
+                "the head is solved for in one step, so there are no weights to average: leave the callback out"
             )
 
-    def training_step(self, batch: Batch, batch_idx: int) -> None:  # type: ignore[override]  # there is no loss to go down
+    def training_step(self, batch: Batch, batch_idx: int) -> None:  # type: ignore[override]  # there is no loss to minimise
         """Collect features, and solve at the last batch."""
         with torch.no_grad():
             features = self.features_from(batch.inputs, batch.boundary)
@@ -99,34 +94,34 @@ class FeatureCacheClassifier(TransferClassifier):
     def _solve(self) -> None:
         if len(self._seen) != self.trainer.num_training_batches:
             raise ValueError(
-                "the fit was resumed within its only pass over the images, whose first part is gone: start it anew, without the "
-                "checkpoint"
+                "the fit was resumed within its only pass over the images, and the features of the first part are "
+                "lost: start it again, without the checkpoint"
             )
-        features, target, index = (self._from_all(torch.cat(column)) for column in zip(*self._seen, strict=True))
+        features, target, index = (self._gather(torch.cat(column)) for column in zip(*self._seen, strict=True))
         self._seen.clear()
-        # In the order of the index, without what only filled up a batch: the same matrix on any number of ranks.
+        # In the order of the index and without padding: the same matrix on any number of ranks.
         order = index.argsort(stable=True)
         order = order[index[order].diff(prepend=index.new_full((1,), PADDING)) != 0]
         features, target = features[order], target[order]
-        assert isinstance(self.head, ClosedFormHead)  # noqa: S101 - checked when it was made
-        found = self.head.fit(features, target, derive_seed(run_seed(), "head"))
-        self.print(f"{type(self.head).__name__}: {found}")
+        assert isinstance(self.head, ClosedFormHead)  # noqa: S101 - checked at construction
+        summary = self.head.fit(features, target, derive_seed(run_seed(), "head"))
+        self.print(f"{type(self.head).__name__}: {summary}")
         with torch.no_grad():
             loss = self.compute_loss(self.head.eval()(features), target)
         self.train_loss.update(loss, len(target))
-        self.log("train_loss", self.train_loss, on_step=False, on_epoch=True, prog_bar=True)
+        self.log_train_loss()
 
-    def _from_all(self, rows: Tensor) -> Tensor:
-        gathered: Any = self.all_gather(rows)  # (ranks, n, ...), or (n, ...) on one
+    def _gather(self, rows: Tensor) -> Tensor:
+        gathered: Any = self.all_gather(rows)  # (ranks, n, ...), or (n, ...) on one rank
         return gathered.flatten(0, 1) if self.trainer.world_size > 1 else rows
 
 
 class _Solution(Optimizer):
-    """One step that leads to the end, so that the trainer counts it and checkpoints are written."""
+    """An optimizer with one step, so that the trainer counts it and writes checkpoints."""
 
     def __init__(self, parameters: Any) -> None:
         super().__init__(parameters, {"lr": 0.0})
 
     def step(self, closure: Any = None) -> None:  # type: ignore[override]  # it returns no loss
-        """Solve."""
+        """Solve for the head."""
         closure()
