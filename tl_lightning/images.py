@@ -19,6 +19,10 @@ SUFFIXES = frozenset(
 _SIXTEEN_BIT = ("I;16", "I;16L", "I;16B", "I;16N", "I")
 
 
+class ImageError(ValueError):
+    """An image file cannot be used; the message names the file."""
+
+
 def to_rgb(image: Image.Image, background: tuple[int, int, int] = WHITE) -> Image.Image:
     """Turn an image of any mode into the RGB image that a viewer would show.
 
@@ -57,7 +61,7 @@ def read_content(path: str | Path) -> bytes:
     try:
         return Path(path).read_bytes()
     except OSError as error:
-        raise ValueError(f"cannot read the image {str(path)!r}: {error.strerror or error}") from error
+        raise ImageError(f"cannot read the image {str(path)!r}: {error.strerror or error}") from error
 
 
 def read_image(path: str | Path, background: tuple[int, int, int] = WHITE, content: bytes | None = None) -> Tensor:
@@ -79,11 +83,11 @@ def read_image(path: str | Path, background: tuple[int, int, int] = WHITE, conte
         with Image.open(io.BytesIO(data)) as image:
             rgb = to_rgb(image, background)
     except UnidentifiedImageError as error:
-        raise ValueError(
+        raise ImageError(
             f"cannot read the image {str(path)!r}: it is no image, or of a kind that is not known"
         ) from error
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"cannot read the image {str(path)!r}: {error}") from error
+        raise ImageError(f"cannot read the image {str(path)!r}: {error}") from error
     return torch.from_numpy(np.asarray(rgb).copy()).permute(2, 0, 1).contiguous()
 
 

@@ -1,4 +1,4 @@
-"""Worker processes: their tracebacks, signals and forks."""
+"""Worker processes: their signals and forks."""
 
 import os
 import signal
@@ -10,13 +10,6 @@ import torch.distributed as dist
 
 _REST_S = 0.05
 _GRACE_S = 30
-
-
-class WorkerTraceback(Exception):
-    """Shows the traceback of a worker process as the cause of the error that is raised here."""
-
-    def __str__(self) -> str:
-        return f"\n{self.args[0]}"
 
 
 def outlive_sigterm(_worker: int) -> None:

@@ -1,39 +1,29 @@
 """Batches of images, read and prepared by worker processes."""
 
-import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, get_worker_info
+from torch.utils.data import DataLoader, Dataset
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from tl_lightning.batch import PADDING, UNLABELLED, Batch
-from tl_lightning.data._workers import WorkerTraceback, outlive_sigterm, wait_until_safe_to_fork
+from tl_lightning.data._workers import outlive_sigterm, wait_until_safe_to_fork
 from tl_lightning.data.loader import EpochLoader
 from tl_lightning.data.sampler import DistributedBatchSampler, SampleKey
-from tl_lightning.utils.messages import own_message
+from tl_lightning.images import ImageError
 from tl_lightning.utils.seeding import seeded
 
 _Sample = tuple[Tensor, int, int]  # image, target, index
 
 
-class Transform(Protocol):
-    """From a uint8 image (3, H, W) to a float image (3, h, w)."""
+Transform = Callable[[Tensor], Tensor]
+"""From a uint8 image (3, H, W) to a float image (3, h, w)."""
 
-    def __call__(self, image: Tensor, /) -> Tensor:
-        """Transform the image."""
-
-
-class ReadsImages(Protocol):
-    """From a place in a split to a uint8 image (3, H, W)."""
-
-    def __call__(self, index: int, /) -> Tensor:
-        """Read the image at a place."""
+ReadImage = Callable[[int], Tensor]
+"""From the place of an image in its split to a uint8 image (3, H, W)."""
 
 
 class ImageDataset(Dataset[_Sample]):
@@ -46,7 +36,7 @@ class ImageDataset(Dataset[_Sample]):
         seed: Seed of the augmentation.
     """
 
-    def __init__(self, read: ReadsImages, targets: Sequence[int] | None, transform: Transform, seed: int) -> None:
+    def __init__(self, read: ReadImage, targets: Sequence[int] | None, transform: Transform, seed: int) -> None:
         self.read = read
         self.targets = targets
         self.transform = transform
@@ -59,41 +49,6 @@ class ImageDataset(Dataset[_Sample]):
             image = self.transform(image)
         target = UNLABELLED if self.targets is None else self.targets[key.index]
         return image, target, PADDING if key.padding else key.index
-
-
-@dataclass
-class _Failure:
-    """What this package raised in a worker process, to be raised in the process that iterates.
-
-    A ``DataLoader`` would raise an error there whose message is a traceback.
-    """
-
-    error: Exception
-    traceback: str
-
-
-class _Caught(Dataset["_Sample | _Failure"]):
-    """Samples, or in worker processes what this package raised instead."""
-
-    def __init__(self, dataset: Dataset[_Sample]) -> None:
-        self.dataset = dataset
-
-    def __getitem__(self, key: SampleKey) -> "_Sample | _Failure":
-        try:
-            return self.dataset[key]
-        except Exception as error:
-            if get_worker_info() is None or own_message(error) is None:
-                raise
-            return _Failure(type(error)(str(error)), traceback.format_exc())
-
-
-def _collate(samples: Sequence[_Sample | _Failure]) -> Batch | _Failure:
-    made: list[_Sample] = []
-    for sample in samples:
-        if isinstance(sample, _Failure):
-            return sample
-        made.append(sample)
-    return collate(made)
 
 
 def collate(samples: Sequence[_Sample]) -> Batch:
@@ -116,11 +71,11 @@ class ImageLoader(EpochLoader):
         self, dataset: Dataset[_Sample], batches: DistributedBatchSampler, *, num_workers: int, pin_memory: bool
     ) -> None:
         super().__init__(batches)
-        self._loader: DataLoader[_Sample | _Failure] = DataLoader(
-            _Caught(dataset),
+        self._loader: DataLoader[_Sample] = DataLoader(
+            dataset,
             batch_sampler=batches,
             num_workers=num_workers,
-            collate_fn=_collate,
+            collate_fn=collate,
             worker_init_fn=outlive_sigterm,
             pin_memory=pin_memory,
             persistent_workers=num_workers > 0,
@@ -150,11 +105,11 @@ def load_in_order(dataset: Dataset[_Sample], batches: Sequence[Sequence[object]]
     Yields:
         (n, 3, H, W), the images of each batch.
     """
-    loader: DataLoader[_Sample | _Failure] = DataLoader(
-        _Caught(dataset),
+    loader: DataLoader[_Sample] = DataLoader(
+        dataset,
         batch_sampler=batches,  # type: ignore[arg-type]  # torch says lists of whatever the data set takes, and means ints
         num_workers=num_workers,
-        collate_fn=_collate,
+        collate_fn=collate,
         worker_init_fn=outlive_sigterm,
         generator=torch.Generator(),
     )
@@ -183,10 +138,13 @@ def load_by_threads(dataset: Dataset[_Sample], batches: Sequence[Sequence[object
             yield collate(list(threads.map(dataset.__getitem__, keys))).inputs
 
 
-def _batches_of(loader: "DataLoader[_Sample | _Failure]") -> Iterator[Batch]:
+def _batches_of(loader: "DataLoader[_Sample]") -> Iterator[Batch]:
     if loader.num_workers > 0 and loader._iterator is None:
         wait_until_safe_to_fork()
-    for batch in loader:
-        if isinstance(batch, _Failure):
-            raise batch.error from WorkerTraceback(batch.traceback)
-        yield batch
+    try:
+        yield from loader
+    except ImageError as error:
+        # torch raises an error of a worker process again with the whole traceback as its message:
+        # https://github.com/pytorch/pytorch/blob/main/torch/_utils.py, ExceptionWrapper.reraise
+        message = str(error).rpartition(f"{ImageError.__module__}.{ImageError.__qualname__}: ")[2]
+        raise ImageError(message.rstrip()) from error
