@@ -60,29 +60,26 @@ class Segment(nn.Module):
             graphs = [_subgraph(t.nodes, *ends) for t, ends in zip(traces, zip(begin, end, strict=True), strict=True)]
             nodes = [node for graph in graphs for node in graph.nodes]
             for target in {str(node.target): None for node in nodes if node.op in ("call_module", "get_attr")}:
-                self._list(model, target)
+                self._register(model, target)
             called = {str(node.target): None for node in nodes if node.op == "call_module"}
-            code = (_compile(graphs[0]), _compile(graphs[1]))
+            code = (_compile(model, graphs[0]), _compile(model, graphs[1]))
             self._pieces.append(_Piece(name, model, code, tuple(model.get_submodule(target) for target in called)))
         if then is not None:
             self._pieces.append(_Piece("then", model, (lambda _, output: then(output),) * 2, ()))
 
-    def _list(self, model: nn.Module, target: str) -> None:
-        here: nn.Module = self
-        there = model
-        *path, leaf = target.split(".")
-        for part in path:
-            there = there.get_submodule(part)
-            if part not in here._modules:
-                here.add_module(part, nn.Module())
-            here = here.get_submodule(part)
-        item = getattr(there, leaf)
-        if isinstance(item, nn.Module):
-            here.add_module(leaf, item)
-        elif isinstance(item, nn.Parameter):
-            here.register_parameter(leaf, item)
+    def _register(self, model: nn.Module, target: str) -> None:
+        """List a module or tensor of the network as this module's own, under the same name."""
+        path, _, leaf = target.rpartition(".")
+        parent: nn.Module = self
+        for part in filter(None, path.split(".")):
+            if part not in parent._modules:
+                parent.add_module(part, nn.Module())
+            parent = parent.get_submodule(part)
+        value = getattr(model.get_submodule(path), leaf)
+        if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
+            parent.register_buffer(leaf, value)
         else:
-            here.register_buffer(leaf, item)
+            setattr(parent, leaf, value)
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Run the stages on what comes out at their beginning."""
@@ -124,9 +121,6 @@ def _subgraph(nodes: Sequence[fx.Node], begin: int, end: int) -> fx.Graph:
     return graph
 
 
-def _compile(graph: fx.Graph) -> Callable[[nn.Module, Tensor], Tensor]:
-    code = graph.python_code("self")
-    namespace = dict(code.globals)
-    exec(code.src, namespace)  # noqa: S102 - torch.fx's own generated source, as its GraphModule does
-    function: Callable[[nn.Module, Tensor], Tensor] = namespace["forward"]
-    return function
+def _compile(model: nn.Module, graph: fx.Graph) -> Callable[[nn.Module, Tensor], Tensor]:
+    # Called with the network itself, this finds the tensors that the network has then: ``to()`` replaces buffers.
+    return type(fx.GraphModule(model, graph)).forward
