@@ -144,7 +144,7 @@ def resume_from_everywhere(photos: str, folder: str, world: int, **options: Any)
         results[checkpoint.stem] = outcome(model, trainer, losses.missing(whole, checkpoint))
     if world > 1:
         mine = sorted(root.glob("*.ckpt"))[trainer.global_rank]
-        with pytest.raises(ValueError, match="the processes go on from different checkpoints"):
+        with pytest.raises(ValueError, match="the processes resume from different checkpoints"):
             fit(photos, root, mine, world, **options)
     return results
 

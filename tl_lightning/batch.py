@@ -42,8 +42,7 @@ class ImageSource:
 
 
 class EqualBatches:
-    """Base class of loaders that give all ranks equally many batches, so that ranks may talk to each other after each
-    one."""
+    """Base class of loaders that give all ranks equally many batches, so that ranks may synchronise after each."""
 
 
 @runtime_checkable

@@ -67,7 +67,7 @@ def test_loss_of_training_is_that_of_the_epoch(photos: Path, tmp_path: Path) -> 
 
 
 def test_score_that_will_never_be_there(photos: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="monitors 'val_loss', and nothing is validated"):
+    with pytest.raises(ValueError, match="monitors 'val_loss', but the run does not validate"):
         run(photos, tmp_path, limit_val_batches=0)
     with pytest.raises(ValueError, match=r"Plateau monitors an unknown score 'val_glory'.* val_loss"):
         run(photos, tmp_path, "val_glory")

@@ -170,7 +170,7 @@ def test_damaged_backbone_is_found(checkpoint: Path) -> None:
     def edit(content: dict[str, Any]) -> None:
         content["state_dict"]["backbone.model.layer1.conv.weight"][0, 0, 0, 0] += 1e-6
 
-    with pytest.raises(ValueError, match="not the one that was saved"):
+    with pytest.raises(ValueError, match="not the saved ones"):
         LinearProbe.load_from_checkpoint(edited(checkpoint, edit))
 
 
@@ -213,7 +213,7 @@ def test_damaged_files_are_called_so(checkpoint: Path, tmp_path: Path) -> None:
     for edit, message in (
         (lambda c: c["tl_lightning"].pop("hashes"), "damaged: it lacks hashes"),
         (lambda c: c.pop("state_dict"), "damaged: it lacks its weights"),
-        (lambda c: c["state_dict"]["head.linear.bias"].add_(1), "the head in .* is not the one that was saved"),
+        (lambda c: c["state_dict"]["head.linear.bias"].add_(1), "the weights of the head in .* are not the saved ones"),
         (
             lambda c: c["tl_lightning"]["model"]["init_args"].update(num_classes=5),
             "does not fit the code or its weights",
@@ -267,6 +267,6 @@ def test_training_on_without_the_optimizer_that_was_chosen_is_refused(photos: Pa
     trainer.save_checkpoint(tmp_path / "sgd.ckpt")
     again = LinearProbe.load_from_checkpoint(tmp_path / "sgd.ckpt")
     with pytest.raises(
-        ValueError, match="does not bring back its optimizer; to train on, make the classifier with them"
+        ValueError, match="cannot restore its optimizer; to train on, build the classifier with them"
     ):
         pl.Trainer(max_epochs=2, **quiet).fit(again, data)  # type: ignore[arg-type]  # all are bool

@@ -47,7 +47,7 @@ def test_same_from_images_and_from_what_is_stored(head: str, photos: Path, tmp_p
 def test_views_are_refused(photos: Path, tmp_path: Path) -> None:
     backbone = TinyBackbone()
     data = cached(photos, tmp_path / "cache", backbone, views=2)
-    with pytest.raises(ValueError, match=r"data\.views is 2; the head is solved for on the images as they are"):
+    with pytest.raises(ValueError, match=r"data\.views is 2, but the head is solved for on the images without augmentation"):
         trainer(tmp_path).fit(FeatureCacheClassifier(backbone, 3), data)
 
 
@@ -126,7 +126,7 @@ def test_what_cannot_be_is_refused(photos: Path, tmp_path: Path) -> None:
     backbone = TinyBackbone()
     with pytest.raises(ValueError, match="MLPHead is trained step by step: use it with CustomHeadClassifier"):
         FeatureCacheClassifier(backbone, 3, MLPHead)
-    with pytest.raises(ValueError, match="nothing to average"):
+    with pytest.raises(ValueError, match="no weights to average"):
         trainer(tmp_path, EMA(0.9)).fit(FeatureCacheClassifier(backbone, 3), images(photos))
     with pytest.raises(ValueError, match="never trains its backbone"):
         trainer(tmp_path, StagedUnfreezing({1: "layer3"})).fit(FeatureCacheClassifier(backbone, 3), images(photos))
@@ -154,5 +154,5 @@ def test_resumed_within_its_pass_is_refused(photos: Path, tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("precision", ["64-true", "bf16-true"])
 def test_other_precision_is_refused(precision: Any, photos: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=f"in single precision, and precision is {precision}: use 32-true"):
+    with pytest.raises(ValueError, match=f"precision is {precision}, but the head is solved for in single precision: use 32-true"):
         trainer(tmp_path, precision=precision).fit(FeatureCacheClassifier(TinyBackbone(), 3), images(photos))

@@ -203,7 +203,7 @@ def test_head_of_ones_own_comes_back(photos: Path, tmp_path: Path) -> None:
     run.save_checkpoint(tmp_path / "a.ckpt")
     again = PartialFineTuning.load_from_checkpoint(tmp_path / "a.ckpt")
     assert isinstance(again.head, MLPHead)
-    assert again.freeze_policy.trainable == ("layer2", "layer3")
+    assert again.freeze_policy.unfreezable == ("layer2", "layer3")
     pictures = torch.randn(3, 3, 16, 16)
     model.eval()
     with torch.no_grad():
@@ -240,7 +240,7 @@ def test_activations_from_before_the_trained_part_are_refused() -> None:
     model = classifier(unfreeze_from="layer2").eval()
     prefix, _ = model.backbone.split("layer1")
     with pytest.raises(
-        ValueError, match="activations of the boundary 'layer1' are given, and training begins at 'layer2'"
+        ValueError, match="activations of the boundary 'layer1' are given, but training starts at 'layer2'"
     ):
         model.forward_from(prefix(torch.randn(2, 3, 16, 16)), "layer1")
 
@@ -251,7 +251,7 @@ def test_continuing_from_a_boundary_gives_the_same_scores(first: str) -> None:
     pictures = torch.randn(4, 3, 16, 16)
     with torch.no_grad():
         expected = model(pictures)
-        for stage in model.freeze_policy.trainable:
+        for stage in model.freeze_policy.unfreezable:
             inputs = model.backbone.split(stage)[0](pictures)
             assert torch.equal(model.forward_from(inputs, stage), expected)
         assert torch.equal(model.forward_from(model.backbone(pictures), "head"), expected)
@@ -317,7 +317,7 @@ def test_resnet18_with_its_last_stage_unfrozen(tmp_path: Path) -> None:
 
 def test_number_of_stages_may_be_a_word() -> None:
     """A command line has words only."""
-    assert classifier(unfreeze_from="2").freeze_policy.trainable == classifier(unfreeze_from=2).freeze_policy.trainable
+    assert classifier(unfreeze_from="2").freeze_policy.unfreezable == classifier(unfreeze_from=2).freeze_policy.unfreezable
 
 
 def test_stage_that_is_called_head_is_no_classifier() -> None:
@@ -332,7 +332,7 @@ def test_stage_that_is_called_head_is_no_classifier() -> None:
     }
 
     backbone.stages = (*backbone.stages[:-1], "head")
-    with pytest.raises(ValueError, match="is called 'head', which means the classifier"):
+    with pytest.raises(ValueError, match="is called 'head', which is reserved for the classifier"):
         LinearProbe(backbone, 2)
 
 
@@ -350,7 +350,7 @@ class Forgetful(PartialFineTuning):
 
 def test_parameter_in_no_group_is_found(photos: Path, tmp_path: Path) -> None:
     model = Forgetful(TinyBackbone(), 3, unfreeze_from="layer3")
-    with pytest.raises(ValueError, match=r"head.linear.weight is to train and is in no group.*of Forgetful"):
+    with pytest.raises(ValueError, match=r"head.linear.weight shall train but is in no group.*of Forgetful"):
         trainer(tmp_path).fit(model, images(photos))
 
 
@@ -358,7 +358,7 @@ def test_optimizer_that_loses_the_rates_is_found(photos: Path, tmp_path: Path) -
     def flat(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
         return torch.optim.SGD([parameter for group in groups for parameter in group["params"]])
 
-    with pytest.raises(ValueError, match="SGD was made without the groups' learning rates"):
+    with pytest.raises(ValueError, match="SGD was built without the learning rates of the parameter groups"):
         trainer(tmp_path).fit(classifier(optimizer=flat), images(photos))
 
 
@@ -382,7 +382,7 @@ def test_resuming_with_something_else_says_what(photos: Path, tmp_path: Path) ->
         trainer(tmp_path, max_epochs=2).fit(model, images(photos), ckpt_path=tmp_path / "a.ckpt", weights_only=True)
 
     with pytest.raises(
-        ValueError, match="resumed may train head, layer3, and this one head, layer3, layer2: resume with"
+        ValueError, match="resumed run may train head, layer3, but this one may train head, layer3, layer2: resume with"
     ):
         resume(unfreeze_from="layer2")
     with pytest.raises(
@@ -401,13 +401,13 @@ class Wild(PartialFineTuning):
 def test_stages_that_may_not_train_are_named(photos: Path, tmp_path: Path) -> None:
     model = Wild(TinyBackbone(), 3, unfreeze_from="layer2")
     with pytest.raises(
-        ValueError, match=r"stages_from\('layer3'\) of Wild gives stem, and only layer2, layer3 may train"
+        ValueError, match=r"stages_from\('layer3'\) of Wild gives stem, but only layer2, layer3 may train"
     ):
         trainer(tmp_path, StagedUnfreezing({1: "layer3"})).fit(model, images(photos))
 
 
 def test_optimizer_without_groups_is_refused(photos: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"cannot be made: LBFGS doesn't support per-parameter"):
+    with pytest.raises(ValueError, match=r"cannot be built: LBFGS doesn't support per-parameter"):
         trainer(tmp_path).fit(classifier(optimizer=torch.optim.LBFGS), images(photos))
 
 

@@ -135,6 +135,7 @@ class StepBoundary:
             )
         if self._validation_is_due:
             catch_up(trainer)
+        _correct_logged_step(trainer)
         self._resumed_losses, self._validation_is_due = [], False
         return is_resumed and trainer.fit_loop.epoch_loop._num_ready_batches_reached()
 
@@ -148,6 +149,14 @@ def catch_up(trainer: Trainer) -> None:
         loop.val_loop._restart_stage = evaluation_loop.RestartStage.RESTARTED_MID_EVALUATION
     else:
         loop.val_loop._has_run = True  # otherwise Lightning trains on where the loader has more batches than the epoch
+
+
+def _correct_logged_step(trainer: Trainer) -> None:
+    """Set the step by which scores are logged, which Lightning saves before it counts the last optimizer step."""
+    loop, fetcher = trainer.fit_loop.epoch_loop, trainer.fit_loop._data_fetcher
+    if trainer.lightning_module.automatic_optimization and fetcher is not None:
+        validates_first = loop.restarting and loop._should_check_val_fx(fetcher) and not loop._should_accumulate()
+        loop._batches_that_stepped = trainer.global_step - validates_first
 
 
 def finish_epoch(checkpoint: dict[str, Any]) -> None:
@@ -167,20 +176,6 @@ def finish_epoch(checkpoint: dict[str, Any]) -> None:
     batches["is_last_batch"] = False
     batches["total"]["completed"] = batches["total"]["processed"]
     batches["current"] = dict.fromkeys(batches["current"], 0)
-
-
-def count_steps(trainer: Trainer, *, starts: bool = False) -> None:
-    """Log scores by the number of optimizer steps before them; after a resume, Lightning counts one more or one less.
-
-    Args:
-        trainer: The trainer, in a fit.
-        starts: Whether the run starts or resumes now.
-    """
-    loop = trainer.fit_loop.epoch_loop
-    fetcher = trainer.fit_loop._data_fetcher
-    if trainer.lightning_module.automatic_optimization and not trainer.sanity_checking and fetcher is not None:
-        follows = trainer.validating or (starts and loop.restarting and loop._should_check_val_fx(fetcher))
-        loop._batches_that_stepped = trainer.global_step - (follows and not loop._should_accumulate())
 
 
 def _reopen_epoch(trainer: Trainer, fit: dict[str, Any], ready: int) -> None:

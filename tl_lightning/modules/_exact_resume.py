@@ -13,7 +13,7 @@ from lightning.pytorch.trainer.states import TrainerStatus
 from tl_lightning.lightning_fixes import checks
 from tl_lightning.lightning_fixes.plateau import StepOnPlateau
 from tl_lightning.lightning_fixes.sigterm import SigtermHandler, ends_together
-from tl_lightning.lightning_fixes.step_boundary import StepBoundary, count_steps, finish_epoch
+from tl_lightning.lightning_fixes.step_boundary import StepBoundary, finish_epoch
 from tl_lightning.modules import checkpoint as checkpoints
 from tl_lightning.modules._frozen_guard import FrozenGuard
 from tl_lightning.modules._fsdp import configure_strategy, load_optimizer_state
@@ -67,7 +67,7 @@ class ExactResume(Callback):
         checks.check_preprocessing(data, classifier.backbone.preprocessing)
         if stage != "predict":
             classifier.class_names = checks.class_names(data, classifier.num_classes, classifier.class_names)
-        # Last, also after the callbacks of the classifier's configure_callbacks: on_save_checkpoint hashes the final weights.
+        # Last, also after those of configure_callbacks: on_save_checkpoint hashes the weights that others may replace.
         others = [callback for callback in trainer.callbacks if callback is not self]  # type: ignore[attr-defined]
         trainer.callbacks = _CallbackConnector._reorder_callbacks([*others, self])  # type: ignore[attr-defined]
 
@@ -82,20 +82,13 @@ class ExactResume(Callback):
         if self._boundary.resume(trainer, classifier.train_loss):
             classifier.train_loss.update(torch.zeros((), device=classifier.device), 0)
             classifier.log_train_loss()  # no batch is left in this epoch to log it
-        count_steps(trainer, starts=True)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Enforce the freeze policy, take a snapshot, and seed dropout by the place in the run."""
         classifier = _classifier(pl_module)
-        count_steps(trainer)
         classifier.freeze_policy.enforce()
         self._boundary.snapshot(trainer, classifier, classifier.freeze_policy, classifier.train_loss)
         seed_torch(run_seed(), "step", trainer.global_step, batch_idx, trainer.global_rank)
-
-    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Correct the step by which Lightning logs."""
-        if trainer.state.fn == "fit":
-            count_steps(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check, after the sanity validation, that the monitored scores exist."""
@@ -105,7 +98,6 @@ class ExactResume(Callback):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the learning rates, and let the next epoch start at its first batch."""
         _classifier(pl_module).log_learning_rates()
-        count_steps(trainer)
         trainer.fit_loop.epoch_loop.restarting = False  # Lightning resets it only when a batch was left
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:

@@ -68,8 +68,9 @@ def shard(classifier: LightningModule, freeze_policy: FreezePolicy, mesh: Device
 
     Args:
         classifier: The classifier: its head and other parts are sharded whole; of the backbone, each module that a
-            trainable stage calls. freeze_policy: Tells which stages may train. mesh: The mesh of the strategy, whose
-            dimension ``data_parallel`` is used.
+            trainable stage calls.
+        freeze_policy: Tells which stages may train.
+        mesh: The mesh of the strategy, whose dimension ``data_parallel`` is used.
 
     Raises:
         ValueError: A trainable stage has parameters outside its modules, or batch norm trains.

@@ -153,7 +153,7 @@ class StagesMixin(LightningModule):
         """
         if self.on_map:
             return {0: MAP}
-        schedule: dict[int, str | int] = {0: self.freeze_policy.unfreezable[0] if self.freeze_policy.unfreezable else HEAD}
+        schedule: dict[int, str | int] = {0: next(iter(self.freeze_policy.unfreezable), HEAD)}
         for callback in [] if self._trainer is None else self.trainer.callbacks:  # type: ignore[attr-defined]  # Lightning's own list
             if isinstance(callback, StageSchedule):
                 schedule = {0: HEAD, **callback.schedule}

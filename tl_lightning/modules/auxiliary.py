@@ -11,8 +11,9 @@ from tl_lightning.heads import resize_last_linear
 
 
 class AuxiliaryHeads(nn.ModuleDict):
-    """The auxiliary heads whose stages may train, each with a new last layer (https://arxiv.org/abs/1512.00567, section
-    4).
+    """The auxiliary heads whose stages may train, each with a new last layer.
+
+    See https://arxiv.org/abs/1512.00567, section 4.
 
     Args:
         backbone: The pre-trained network, which has the heads of pre-training.

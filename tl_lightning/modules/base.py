@@ -105,8 +105,9 @@ class TransferClassifier(InitArgsMixin, StagesMixin, OptimizationMixin, Evaluati
         self.on_map = is_map_head(self.head_factory)
         if self.on_map and unfreeze_from != HEAD:
             raise ValueError(
-                f"the head takes the spatial map, but {type(self).__name__} trains on pooled features; use the head "
-                "with CustomHeadClassifier, or choose a head on pooled features"
+                f"{getattr(self.head_factory, 'func', self.head_factory).__name__} takes the spatial map, but "
+                f"{type(self).__name__} trains on pooled features; use it with CustomHeadClassifier, or choose a head on "
+                "pooled features"
             )
         self.rng_state = torch.get_rng_state()
         """State of torch's generator from which the head is initialised, so that others can draw the same weights."""
@@ -207,8 +208,8 @@ class TransferClassifier(InitArgsMixin, StagesMixin, OptimizationMixin, Evaluati
             The classifier, in eval mode; its class is the saved one, this class or a subclass.
 
         Raises:
-            FileNotFoundError: The file does not exist. ValueError: The file is no checkpoint of this library, is
-                damaged, was saved by another class, or names a class
-                    that a checkpoint may not name.
+            FileNotFoundError: The file does not exist.
+            ValueError: The file is no checkpoint of this library, is damaged, was saved by another class, or names a
+                class that a checkpoint may not name.
         """
         return checkpoints.load(cls, checkpoint_path, map_location)

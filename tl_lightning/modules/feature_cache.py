@@ -17,9 +17,9 @@ from tl_lightning.utils.seeding import derive_seed, run_seed
 
 
 class FeatureCacheClassifier(TransferClassifier):
-    """Solve for a head on the features of all training images: converged logistic regression, nearest neighbours, class
-    means.
+    """Solve for a head on the features of all training images at once.
 
+    The heads are converged logistic regression, nearest neighbours and class means.
     A fit is one pass over the training data, whatever ``max_epochs`` is; over
     :class:`tl_lightning.data.CachedFeaturesDataModule` it takes seconds. On several ranks, all solve the same problem.
 
