@@ -6,17 +6,17 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.strategies import ModelParallelStrategy
-from lightning.pytorch.trainer.connectors.callback_connector import _CallbackConnector
 from lightning.pytorch.trainer.states import TrainerStatus
 
 from tl_lightning.lightning_fixes import checks
+from tl_lightning.lightning_fixes.model_parallel import configure_strategy, load_optimizer_state
 from tl_lightning.lightning_fixes.plateau import StepOnPlateau
 from tl_lightning.lightning_fixes.sigterm import SigtermHandler, ends_together
 from tl_lightning.lightning_fixes.step_boundary import StepBoundary, finish_epoch
 from tl_lightning.modules import checkpoint as checkpoints
 from tl_lightning.modules._frozen_guard import FrozenGuard
-from tl_lightning.modules._fsdp import configure_strategy, load_optimizer_state
 from tl_lightning.utils.distributed import all_gather_object
 from tl_lightning.utils.memory import keep_freed_memory
 from tl_lightning.utils.seeding import run_seed, seed_torch
@@ -35,7 +35,7 @@ def attach_callbacks(trainer: Trainer) -> None:
     needed = (FrozenGuard, StepOnPlateau, SigtermHandler, ExactResume)
     missing = [callback() for callback in needed if callback not in present]
     if missing:
-        trainer.callbacks = _CallbackConnector._reorder_callbacks(callbacks + missing)  # type: ignore[attr-defined]
+        _set_callbacks(trainer, callbacks + missing)
 
 
 class ExactResume(Callback):
@@ -52,9 +52,8 @@ class ExactResume(Callback):
         """Check classifier, data and trainer against each other, and take the class names from the data.
 
         Raises:
-            ValueError: The data has other classes or another preprocessing; a callback conflicts with the
-                classifier; or
-                    the classifier cannot be saved.
+            ValueError: The data has other classes or another preprocessing, a callback conflicts with the classifier,
+                or the classifier cannot be saved.
         """
         classifier = _classifier(pl_module)
         if trainer.strategy.root_device.type == "cpu":
@@ -69,7 +68,7 @@ class ExactResume(Callback):
             classifier.class_names = checks.class_names(data, classifier.num_classes, classifier.class_names)
         # Last, also after those of configure_callbacks: on_save_checkpoint hashes the weights that others may replace.
         others = [callback for callback in trainer.callbacks if callback is not self]  # type: ignore[attr-defined]
-        trainer.callbacks = _CallbackConnector._reorder_callbacks([*others, self])  # type: ignore[attr-defined]
+        _set_callbacks(trainer, [*others, self])
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check that all ranks resume from the same checkpoint."""
@@ -132,6 +131,11 @@ class ExactResume(Callback):
                 load_optimizer_state(optimizer, saved)
         if trainer.max_steps != -1:
             finish_epoch(checkpoint)
+
+
+def _set_callbacks(trainer: Trainer, callbacks: list[Callback]) -> None:
+    """Set the callbacks, those that save checkpoints last, as Lightning orders them."""
+    trainer.callbacks = sorted(callbacks, key=lambda callback: isinstance(callback, Checkpoint))  # type: ignore[attr-defined]
 
 
 def _classifier(module: LightningModule) -> TransferClassifier:

@@ -29,6 +29,9 @@ from tl_lightning.modules._stages import StagesMixin, is_map_head
 from tl_lightning.modules.auxiliary import AuxiliaryHeads
 from tl_lightning.utils.serialization import InitArgsMixin, as_factory
 
+_REGISTERED = ("_parameters", "_buffers", "_non_persistent_buffers_set", "_modules")
+"""Attributes in which torch registers the parts of a module."""
+
 
 class TransferClassifier(InitArgsMixin, StagesMixin, OptimizationMixin, EvaluationMixin):
     """Train a head, and the backbone from a boundary on; everything before the boundary is frozen.
@@ -79,10 +82,9 @@ class TransferClassifier(InitArgsMixin, StagesMixin, OptimizationMixin, Evaluati
         unfreeze_from: str | int = HEAD,
         train_bn: bool = False,
     ) -> None:
-        early = (self._modules, self._parameters, self._buffers)
+        early = {name: vars(self)[name] for name in _REGISTERED}
         super().__init__()
-        for registered, here in zip(early, (self._modules, self._parameters, self._buffers), strict=True):
-            here.update(registered)  # type: ignore[arg-type]  # each into the dictionary of its own kind
+        vars(self).update(early)  # nn.Module.__init__ has emptied them
         if num_classes < 2:
             raise ValueError(f"num_classes is {num_classes}; a classifier needs at least 2")
         if not 0 < lr < math.inf:
@@ -106,8 +108,8 @@ class TransferClassifier(InitArgsMixin, StagesMixin, OptimizationMixin, Evaluati
         if self.on_map and unfreeze_from != HEAD:
             raise ValueError(
                 f"{getattr(self.head_factory, 'func', self.head_factory).__name__} takes the spatial map, but "
-                f"{type(self).__name__} trains on pooled features; use it with CustomHeadClassifier, or choose a head on "
-                "pooled features"
+                f"{type(self).__name__} trains on pooled features; use it with CustomHeadClassifier, or choose a head "
+                "on pooled features"
             )
         self.rng_state = torch.get_rng_state()
         """State of torch's generator from which the head is initialised, so that others can draw the same weights."""

@@ -95,8 +95,9 @@ def read(path: str | Path, map_location: str | torch.device | None = None, *, mm
     Args:
         path: The checkpoint file.
         map_location: Where to put the tensors; None puts them on the CPU.
-        mmap: Map the tensors instead of reading them, to look at names, shapes and numbers. Do not read a mapped tensor's
-            values while another process may write the file: Lightning replaces a file on another file system in place.
+        mmap: Map the tensors instead of reading them, to look at names, shapes and numbers. Do not read a mapped
+            tensor's values while another process may write the file: Lightning replaces a file on another file system
+            in place.
 
     Raises:
         FileNotFoundError: The file does not exist.
