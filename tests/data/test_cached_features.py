@@ -1,4 +1,4 @@
-"""A run on stored activations is the run on images, bit for bit, and never sees stale ones."""
+"""A run on cached activations equals the run on images, bit for bit, and never reads stale activations."""
 
 import io
 import shutil
@@ -51,7 +51,7 @@ STRATEGIES: dict[str, tuple[Make, Callable[[], list[pl.Callback]], list[str]]] =
 
 
 class Losses(pl.Callback):
-    """The loss of each step, and from which boundary each batch came."""
+    """Record the loss of each step, and the boundary of each batch."""
 
     def __init__(self) -> None:
         self.losses: list[float] = []
@@ -91,7 +91,7 @@ def run(
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_cached_is_uncached(strategy: str, photos: Path, tmp_path: Path) -> None:
+def test_a_run_on_the_cache_equals_a_run_on_images(strategy: str, photos: Path, tmp_path: Path) -> None:
     expected, scores, weights = run(photos, tmp_path, strategy, None)
     found, scores_found, weights_found = run(photos, tmp_path, strategy, tmp_path / "cache")
     assert found.losses == expected.losses
@@ -104,7 +104,7 @@ def test_cached_is_uncached(strategy: str, photos: Path, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("strategy", ["head with dropout", "staged"])
-def test_resumed_from_anywhere(strategy: str, photos: Path, tmp_path: Path) -> None:
+def test_a_run_resumed_at_any_step_ends_with_the_same_weights(strategy: str, photos: Path, tmp_path: Path) -> None:
     steps = ModelCheckpoint(tmp_path, "{step}", save_top_k=-1, every_n_train_steps=1, save_on_train_epoch_end=True)
     saving: dict[str, Any] = {"more": [steps], "enable_checkpointing": True}
     weights = run(photos, tmp_path, strategy, tmp_path / "cache", **saving)[2]
@@ -146,7 +146,7 @@ def test_views_are_served_in_turn(photos: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_narrow_rows_train_and_tell_their_error(
+def test_narrow_rows_train_and_report_their_rounding_error(
     dtype: str, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     backbone = TinyBackbone()
@@ -167,15 +167,15 @@ def on_ranks(world: int, photos: str, folder: str) -> list[Any]:
     return found
 
 
-def test_two_ranks(photos: Path, tmp_path: Path) -> None:
+def test_two_ranks_equal_their_runs_on_images(photos: Path, tmp_path: Path) -> None:
     first, second = run_on_ranks(__name__, "on_ranks", tmp_path / "out", photos=str(photos), folder=str(tmp_path))
     for uncached, stored in (first, second):
         assert stored == uncached
     assert first[0][1:] == second[0][1:]
 
 
-def test_what_is_served_is_the_classifiers_own(photos: Path, tmp_path: Path) -> None:
-    """A data module that was made with another network, or before weights were loaded, serves nothing of it."""
+def test_the_served_activations_are_those_of_the_classifiers_own_network(photos: Path, tmp_path: Path) -> None:
+    """Not of another network that the data module was made with, nor of the weights before a checkpoint was loaded."""
     data = cached(photos, tmp_path / "cache", TinyBackbone(seed=0))
     fit = trainer(tmp_path, enable_checkpointing=False)
     fit.fit(LinearProbe(TinyBackbone(seed=0), 3), data)
@@ -192,7 +192,7 @@ def test_what_is_served_is_the_classifiers_own(photos: Path, tmp_path: Path) -> 
     assert scores == trainer(tmp_path).test(loaded, images(photos, augment=False), verbose=False)
 
 
-def test_a_checkpoint_classifies_images(photos: Path, tmp_path: Path) -> None:
+def test_a_checkpoint_of_a_cached_run_classifies_images(photos: Path, tmp_path: Path) -> None:
     backbone = TinyBackbone()
     model = TUNED(backbone, unfreeze_from="layer2")
     data = cached(photos, tmp_path / "cache", backbone)
@@ -209,7 +209,9 @@ def test_a_checkpoint_classifies_images(photos: Path, tmp_path: Path) -> None:
     assert all(torch.equal(a, b) for a, b in zip(from_images, through_data, strict=True))
 
 
-def test_images_that_changed_are_named(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_changed_images_and_damaged_shards_are_named(
+    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     root = tmp_path / "photos"
     shutil.copytree(photos, root)
 
@@ -219,12 +221,12 @@ def test_images_that_changed_are_named(photos: Path, tmp_path: Path, capsys: pyt
         return " ".join(capsys.readouterr().out.split())
 
     said = fit()
-    assert "features: storing pooled features, 24 float32, of 41 images: 0.0 MB of " in said
+    assert "features: caching pooled features, 24 float32, of 41 images: 0.0 MB of " in said
     assert "features: 41 images in" in said
     assert "features:" not in fit()
     save_image(root / "ant" / "003.png", seed=77)
     said = fit()
-    assert "; computed anew for images: 1 changed (ant/003.png)" in said
+    assert "; images: 1 changed (ant/003.png)" in said
     assert "features: 1 images in" in said
 
     shard = next((tmp_path / "cache").glob("*/*.npy"))
@@ -237,7 +239,7 @@ def test_images_that_changed_are_named(photos: Path, tmp_path: Path, capsys: pyt
     assert "images in" in fit()
 
 
-def test_images_are_needed_without_a_network(photos: Path, tmp_path: Path) -> None:
+def test_wrong_arguments_are_refused(photos: Path, tmp_path: Path) -> None:
     data = CachedFeaturesDataModule(images(photos, preprocessing=None), cache_dir=str(tmp_path / "cache"))
     with pytest.raises(ValueError, match="has no backbone; pass backbone="):
         data.setup("fit")
@@ -245,11 +247,11 @@ def test_images_are_needed_without_a_network(photos: Path, tmp_path: Path) -> No
         CachedFeaturesDataModule(images(photos), cache_dir="")
     with pytest.raises(ValueError, match="views is -1"):
         cached(photos, tmp_path, views=-1)
-    with pytest.raises(ValueError, match="dtype is 'float8'; rows are stored as one of float32, float16, bfloat16"):
+    with pytest.raises(ValueError, match="dtype is 'float8'; features are cached as one of float32, float16, bfloat16"):
         cached(photos, tmp_path, dtype="float8")
 
 
-def test_served_without_a_trainer(photos: Path, tmp_path: Path) -> None:
+def test_batches_are_served_without_a_trainer(photos: Path, tmp_path: Path) -> None:
     backbone = TinyBackbone().eval()
     data = cached(photos, tmp_path / "cache", backbone)
     data.setup("fit")
@@ -262,7 +264,7 @@ def test_served_without_a_trainer(photos: Path, tmp_path: Path) -> None:
     assert torch.equal(batch.target, expected.target)
 
 
-def test_without_a_classifier_the_same_bits_are_stored(photos: Path, tmp_path: Path) -> None:
+def test_the_same_bits_are_cached_with_and_without_a_classifier(photos: Path, tmp_path: Path) -> None:
     rows = []
     for classified in (False, True):
         torch.manual_seed(0)
@@ -275,7 +277,7 @@ def test_without_a_classifier_the_same_bits_are_stored(photos: Path, tmp_path: P
     assert torch.equal(*rows)
 
 
-def test_weights_that_are_loaded_after_setup_are_noticed(photos: Path, tmp_path: Path) -> None:
+def test_weights_loaded_after_setup_have_activations_of_their_own(photos: Path, tmp_path: Path) -> None:
     backbone = TinyBackbone(seed=0).eval()
     data = cached(photos, tmp_path / "cache", backbone)
     data.setup("fit")
@@ -311,7 +313,9 @@ def test_an_image_that_vanishes_is_named(
         data.complete(["head"])
 
 
-def test_name_that_is_no_text_is_said(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_name_that_is_not_valid_text_is_printed_escaped(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     root = tmp_path / "photos"
     shutil.copytree(photos, root)
     data = cached(root, tmp_path / "cache", TinyBackbone().eval())
@@ -328,10 +332,10 @@ def test_name_that_is_no_text_is_said(photos: Path, tmp_path: Path, monkeypatch:
     assert rb"\udcff.png" in out.getvalue()
 
 
-def test_views_by_another_augmentation_are_other_views(
+def test_views_by_another_augmentation_are_computed_anew(
     photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also one that says nothing of itself."""
+    """Even if the two have the same ``repr``."""
 
     def folders(augment: Callable[[Tensor], Tensor]) -> set[str]:
         monkeypatch.setattr(ImageFolderDataModule, "augmentation", lambda self, preprocessing: lambda_(augment))
@@ -347,7 +351,7 @@ def test_views_by_another_augmentation_are_other_views(
     assert len(first) == 2  # as they are, and augmented
     assert folders(lambda image: image // 2) == first
     assert len(folders(lambda image: image // 3) - first) == 1
-    with pytest.raises(ValueError, match="another one each time, though drawn from the same seed"):
+    with pytest.raises(ValueError, match="makes different views from the same seed"):
         folders(lambda image: image // 2 + time.time_ns() % 97)
 
 
@@ -355,11 +359,11 @@ def test_features_of_views_are_refused(photos: Path, tmp_path: Path) -> None:
     data = cached(photos, tmp_path / "cache", TinyBackbone().eval(), views=2)
     data.setup("fit")
     assert data.features("val", "head").shape == (len(data.splits["val"].files), 24)
-    with pytest.raises(ValueError, match="training images are stored as 2 augmented views each"):
+    with pytest.raises(ValueError, match="training images are cached as 2 augmented views each"):
         data.features("train", "head")
 
 
-def test_unknown_stage_of_a_backbone_of_ones_own(photos: Path, tmp_path: Path) -> None:
+def test_an_unknown_boundary_of_a_users_backbone_is_named(photos: Path, tmp_path: Path) -> None:
     data = cached(photos, tmp_path / "cache", Parameterless().eval())
     data.setup("fit")
     with pytest.raises(ValueError, match=r"unknown boundary 'layer9'; .*there are mean, map, head"):
@@ -367,7 +371,7 @@ def test_unknown_stage_of_a_backbone_of_ones_own(photos: Path, tmp_path: Path) -
 
 
 class Parameterless(Backbone):
-    """Colour alone."""
+    """Return the mean colour."""
 
     feature_dim = 3
     preprocessing = TINY
@@ -384,7 +388,7 @@ class Parameterless(Backbone):
         return torch.nn.Identity(), self
 
 
-def test_a_backbone_without_parameters(photos: Path, tmp_path: Path) -> None:
+def test_a_backbone_without_parameters_trains_from_the_cache(photos: Path, tmp_path: Path) -> None:
     found = []
     for cache in (None, tmp_path / "cache"):
         torch.manual_seed(0)
@@ -396,7 +400,7 @@ def test_a_backbone_without_parameters(photos: Path, tmp_path: Path) -> None:
     assert found[0] == found[1]
 
 
-def test_code_that_was_edited_is_noticed(
+def test_activations_of_a_patched_layer_are_computed_anew(
     photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def served() -> torch.Tensor:
@@ -405,17 +409,17 @@ def test_code_that_was_edited_is_noticed(
         return next(iter(data.val_dataloader())).inputs
 
     first = served()
-    assert "by other code" not in capsys.readouterr().out
+    assert "the rows cached before" not in capsys.readouterr().out
     forward = Block.forward
     monkeypatch.setattr(Block, "forward", lambda self, inputs: forward(self, inputs) * 1.1)
     assert not torch.equal(served(), first)
-    assert "those that are stored there stay, and were made by other code" in " ".join(capsys.readouterr().out.split())
+    assert "the rows cached before differ in code, and are kept" in " ".join(capsys.readouterr().out.split())
     monkeypatch.undo()
     assert torch.equal(served(), first)
     assert capsys.readouterr().out == ""
 
 
-def test_an_image_that_changes_meanwhile_is_not_stored(
+def test_an_image_that_changes_during_extraction_is_not_cached(
     photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     root = tmp_path / "photos"

@@ -1,4 +1,4 @@
-"""Extraction that is killed, shared among ranks, or run twice at once leaves the same bytes behind."""
+"""An extraction that is killed, shared among ranks or run twice at once writes the same bytes as an undisturbed one."""
 
 import multiprocessing
 import os
@@ -7,6 +7,7 @@ import signal
 import time
 from collections.abc import Callable
 from functools import partial
+from importlib import metadata
 from pathlib import Path
 from typing import IO, Any
 
@@ -17,7 +18,7 @@ import torch
 from tests.doubles import TinyBackbone, image_folder
 from tests.features.images import contents, fill, names_in, store
 from tests.ranks import run_on_ranks
-from tl_lightning.features import cache_key_of, extraction, folder_for
+from tl_lightning.features import cache_key_of, check_ranks, extraction
 from tl_lightning.features import store as stores
 from tl_lightning.features._manifest import Block
 
@@ -41,8 +42,8 @@ def root(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def in_peace(root: Path, tmp_path: Path) -> dict[str, dict[str, bytes]]:
-    made = [store(tmp_path / "peace", TinyBackbone(), boundary) for boundary in BOUNDARIES]
+def undisturbed(root: Path, tmp_path: Path) -> dict[str, dict[str, bytes]]:
+    made = [store(tmp_path / "undisturbed", TinyBackbone(), boundary) for boundary in BOUNDARIES]
     fill(root, made)
     return {each.folder.name: contents(each.folder) for each in made}
 
@@ -60,8 +61,8 @@ def slowly(root: Path, cache: Path, begun: Any) -> None:
     fill(root, [store(cache, TinyBackbone(), boundary) for boundary in BOUNDARIES])
 
 
-def never_partial(root: Path, cache: Path, expected: dict[str, dict[str, bytes]]) -> bool:
-    """Whether all stores are complete; what can be read at all must be."""
+def check_stores(root: Path, cache: Path, expected: dict[str, dict[str, bytes]]) -> bool:
+    """Check the rows that can be read; return whether all stores are complete."""
     found = [store(cache, TinyBackbone(), boundary) for boundary in BOUNDARIES]
     for each in found:
         if len(each):
@@ -72,7 +73,9 @@ def never_partial(root: Path, cache: Path, expected: dict[str, dict[str, bytes]]
     return all(len(each) for each in found)
 
 
-def test_killed_at_twenty_moments(root: Path, tmp_path: Path, in_peace: dict[str, dict[str, bytes]]) -> None:
+def test_a_process_killed_at_any_of_twenty_moments_leaves_a_complete_store_or_none(
+    root: Path, tmp_path: Path, undisturbed: dict[str, dict[str, bytes]]
+) -> None:
     moments = torch.Generator().manual_seed(0)
     cache = tmp_path / "cache"
     kills = partly = 0
@@ -92,15 +95,15 @@ def test_killed_at_twenty_moments(root: Path, tmp_path: Path, in_peace: dict[str
         written = any(cache.rglob("*.npy"))
         partly += killed and written
         span *= 1 if written else 1.5
-        if never_partial(root, cache, in_peace):
-            assert {f.name: contents(f) for f in cache.iterdir() if f.is_dir()} == in_peace
+        if check_stores(root, cache, undisturbed):
+            assert {f.name: contents(f) for f in cache.iterdir() if f.is_dir()} == undisturbed
             shutil.rmtree(cache)  # it was too fast: once more
             span /= 1.2
     assert partly > 5
     last = FORK.Process(target=slowly, args=(root, cache, FORK.Event()))
     last.start()
     last.join()
-    assert {f.name: contents(f) for f in cache.iterdir() if f.is_dir()} == in_peace
+    assert {f.name: contents(f) for f in cache.iterdir() if f.is_dir()} == undisturbed
 
 
 def die_at(number: int, root: Path, cache: Path) -> None:
@@ -131,9 +134,11 @@ def die_at(number: int, root: Path, cache: Path) -> None:
     fill(root, [store(cache, TinyBackbone(), boundary) for boundary in BOUNDARIES])
 
 
-def test_killed_before_every_write(root: Path, tmp_path: Path, in_peace: dict[str, dict[str, bytes]]) -> None:
-    writes = sum(len(files) for files in in_peace.values())
-    assert writes == 2 * (6 + 2)  # shards, response, manifest
+def test_a_process_killed_before_any_write_leaves_a_complete_store_or_none(
+    root: Path, tmp_path: Path, undisturbed: dict[str, dict[str, bytes]]
+) -> None:
+    writes = sum(len(files) for files in undisturbed.values())
+    assert writes == 2 * (6 + 1)  # shards, manifest
     cache = tmp_path / "cache"
     for number in range(1, 2 * writes + 2 * 6 + 1):  # within a shard, before it is flushed, before it is renamed
         cache = tmp_path / f"cache{number}"
@@ -141,12 +146,12 @@ def test_killed_before_every_write(root: Path, tmp_path: Path, in_peace: dict[st
         first.start()
         first.join()
         assert first.exitcode == -signal.SIGKILL
-        never_partial(root, cache, in_peace)
+        check_stores(root, cache, undisturbed)
         second = FORK.Process(target=die_at, args=(0, root, cache))
         second.start()
         second.join()
         assert second.exitcode == 0
-        assert {f.name: contents(f) for f in cache.iterdir() if f.is_dir()} == in_peace
+        assert {f.name: contents(f) for f in cache.iterdir() if f.is_dir()} == undisturbed
 
 
 def count_rows(root: Path, cache: Path, computed: Any) -> None:
@@ -156,7 +161,9 @@ def count_rows(root: Path, cache: Path, computed: Any) -> None:
     computed.put(len(seen))
 
 
-def test_two_runs_at_once(root: Path, tmp_path: Path, in_peace: dict[str, dict[str, bytes]]) -> None:
+def test_runs_at_once_compute_every_row_once(
+    root: Path, tmp_path: Path, undisturbed: dict[str, dict[str, bytes]]
+) -> None:
     cache = tmp_path / "cache"
     computed = FORK.Queue()
     runs = [FORK.Process(target=count_rows, args=(root, cache, computed)) for _ in range(4)]
@@ -166,35 +173,10 @@ def test_two_runs_at_once(root: Path, tmp_path: Path, in_peace: dict[str, dict[s
         run.join()
         assert run.exitcode == 0
     assert sorted(computed.get() for _ in runs) == [0, 0, 0, 41]
-    assert {f.name: contents(f) for f in cache.iterdir() if f.is_dir()} == in_peace
+    assert {f.name: contents(f) for f in cache.iterdir() if f.is_dir()} == undisturbed
 
 
-def choose(factor: float, cache: Path, begin: Any, chosen: Any) -> None:
-    torch.set_num_threads(1)
-    backbone = TinyBackbone()
-    backbone.get_submodule("model.stem.norm").register_forward_hook(lambda _, args, output: output * factor)
-    cache_key = cache_key_of(backbone, "head", background=(255,) * 3)
-    begin.wait()
-    chosen.put((factor, folder_for(cache, backbone, cache_key).name))
-
-
-def test_runs_with_other_code_at_once_have_a_folder_each(tmp_path: Path) -> None:
-    begin, chosen = FORK.Event(), FORK.Queue()
-    runs = [FORK.Process(target=choose, args=(1 + n % 3, tmp_path / "cache", begin, chosen)) for n in range(9)]
-    for run in runs:
-        run.start()
-    begin.set()
-    folders: dict[int, set[str]] = {}
-    for _ in runs:
-        factor, name = chosen.get()
-        folders.setdefault(factor, set()).add(name)
-    for run in runs:
-        run.join()
-    assert [len(names) for names in folders.values()] == [1, 1, 1]
-    assert len(set.union(*folders.values())) == 3
-
-
-def test_runs_with_other_images_add_to_a_store(root: Path, tmp_path: Path) -> None:
+def test_a_run_with_other_images_adds_rows_to_a_store(root: Path, tmp_path: Path) -> None:
     other = image_folder(tmp_path / "other", {"cow": 9})
     made = store(tmp_path / "cache", TinyBackbone())
     fill(root, [made])
@@ -217,31 +199,31 @@ def on_ranks(world: int, root: str, cache: str) -> list[str]:
 
 
 def failing_on_ranks(world: int, root: str, cache: str) -> list[str]:
-    """Say what each rank says of an image that is none, of other weights, of other code, and of a lock that is none."""
+    """Return each rank's errors of a damaged image, other weights, another torch, and a lock that is a folder."""
     small(setattr)
 
-    def said(begin: Callable[[], object]) -> str:
+    def error_of(begin: Callable[[], object]) -> str:
         try:
             begin()
         except (RuntimeError, ValueError, OSError) as error:
             return f"{type(error).__name__}: {error}"
         return ""
 
-    backbones = [TinyBackbone() for _ in range(3)]
+    other = TinyBackbone()
     if os.environ["LOCAL_RANK"] == "1":
-        torch.nn.init.zeros_(backbones[1].get_parameter("model.stem.conv.weight"))
-        backbones[2].get_submodule("model.stem.norm").register_forward_hook(lambda _, args, output: output * 1.5)
-    made = store(Path(cache), backbones[0])
-    images, other = Path(root), Path(cache).with_name("other")
+        torch.nn.init.zeros_(other.get_parameter("model.stem.conv.weight"))
+    made, of_other = (store(Path(cache), backbone) for backbone in (TinyBackbone(), other))
+    images = Path(root)
     with ranks():
-        cache_keys = [cache_key_of(backbone, "head", background=(255,) * 3) for backbone in backbones]
-        found = [said(partial(fill, images, [made]))]
-        found += [said(partial(folder_for, other, b, r)) for b, r in zip(backbones[1:], cache_keys[1:], strict=True)]
-        found += [said(partial(fill, images, [store(other, b)], b)) for b in backbones[1:]]
+        found = [error_of(partial(fill, images, [made])), error_of(partial(fill, images, [of_other], other))]
+        version = metadata.version
+        if os.environ["LOCAL_RANK"] == "1":
+            metadata.version = lambda name: "0.1" if name == "torch" else version(name)  # of this process alone
+        found.append(error_of(lambda: check_ranks([cache_key_of(TinyBackbone(), "head", background=(255,) * 3)])))
         if os.environ["LOCAL_RANK"] == "0":
             Path(f"{made.folder}.lock").unlink()
             Path(f"{made.folder}.lock").mkdir()
-        found.append(said(partial(fill, images, [made])))
+        found.append(error_of(partial(fill, images, [made])))
         return found
 
 
@@ -254,31 +236,33 @@ class ranks:
         torch.distributed.destroy_process_group()
 
 
-def test_two_ranks_write_every_row_once(root: Path, tmp_path: Path, in_peace: dict[str, dict[str, bytes]]) -> None:
+def test_two_ranks_write_every_row_once(root: Path, tmp_path: Path, undisturbed: dict[str, dict[str, bytes]]) -> None:
     cache = tmp_path / "cache"
     seen = run_on_ranks(__name__, "on_ranks", tmp_path / "out", root=str(root), cache=str(cache))
     assert sorted(seen[0] + seen[1]) == sorted(names_in(root).values())
     assert {len(share) for share in seen} == {24, 17}  # whole shards of 8
-    assert {f.name: contents(f) for f in cache.iterdir() if f.is_dir()} == in_peace
+    assert {f.name: contents(f) for f in cache.iterdir() if f.is_dir()} == undisturbed
 
 
-def test_a_rank_that_fails_takes_the_others_along(root: Path, tmp_path: Path) -> None:
+def test_an_error_on_one_rank_ends_all_ranks(root: Path, tmp_path: Path) -> None:
     (root / "ant" / "003.png").write_bytes(b"no image")
     first, second = run_on_ranks(
         __name__, "failing_on_ranks", tmp_path / "out", root=str(root), cache=str(tmp_path / "cache")
     )
-    assert first[0].startswith("ValueError: cannot read the image")
-    assert second[0].startswith("RuntimeError: rank 0 failed with ValueError: cannot read the image")
-    assert first[1:5] == second[1:5]
-    for said, what in zip(first[1:5], ["weights is", "the network has other code"] * 2, strict=True):
-        assert said.startswith("StaleStoreError: rank 1 would compute other features than rank 0")
-        assert what in said
-    assert not (tmp_path / "other").exists()
-    assert first[5].startswith("IsADirectoryError")
-    assert second[5].startswith("RuntimeError: rank 0 failed with IsADirectoryError")
+    assert first[0].startswith("ImageError: cannot read the image")
+    assert second[0].startswith("RuntimeError: rank 0 failed with ImageError: cannot read the image")
+    assert first[1:3] == second[1:3]
+    for error, difference in zip(
+        first[1:3], ["weights is", rf"torch is 0.1 and rank 0 has {metadata.version('torch')}"], strict=True
+    ):
+        assert error.startswith("StaleStoreError: rank 1 would compute other features than rank 0")
+        assert difference in error
+    assert sorted(path.suffix for path in (tmp_path / "cache").iterdir()) == ["", ".lock"]  # of the first store alone
+    assert first[3].startswith("IsADirectoryError")
+    assert second[3].startswith("RuntimeError: rank 0 failed with IsADirectoryError")
 
 
-def test_only_what_is_lacking_is_computed_for_a_further_boundary(root: Path, tmp_path: Path) -> None:
+def test_a_further_boundary_leaves_the_rows_of_the_first_alone(root: Path, tmp_path: Path) -> None:
     made = [store(tmp_path / "cache", TinyBackbone(), boundary) for boundary in BOUNDARIES]
     assert fill(root, made[:1]).rows == 41
     before = contents(made[0].folder)

@@ -1,4 +1,4 @@
-"""What is stored is what was computed, and anything else is named."""
+"""Cached rows equal the computed ones; any other file or cache key raises an error that names the difference."""
 
 import json
 import re
@@ -22,10 +22,10 @@ from tl_lightning.features import (
     FeatureStore,
     StaleStoreError,
     cache_key_of,
-    folder_for,
+    extraction,
 )
-from tl_lightning.features._disk_space import advice as advice_of
-from tl_lightning.features._manifest import Layout
+from tl_lightning.features._disk_space import warn_of_large_rows
+from tl_lightning.features._manifest import FORMAT, Layout
 from tl_lightning.features._messages import describe_gaps
 from tl_lightning.features._shards import write_shard
 from tl_lightning.images import read_image
@@ -46,7 +46,7 @@ def root(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("boundary", ["head", "map", "layer2", "stem"])
-def test_rows_are_what_the_backbone_makes(root: Path, tmp_path: Path, boundary: str) -> None:
+def test_rows_equal_the_activations_of_the_backbone(root: Path, tmp_path: Path, boundary: str) -> None:
     backbone = TinyBackbone().eval()
     made = store(tmp_path / "cache", backbone, boundary)
     fill(root, [made], backbone)
@@ -67,7 +67,7 @@ def test_rows_are_what_the_backbone_makes(root: Path, tmp_path: Path, boundary: 
     assert torch.equal(backwards.flip(0), made.read(keys))
 
 
-def test_rows_keep_the_layout_of_the_network(root: Path, tmp_path: Path) -> None:
+def test_rows_keep_the_memory_layout_of_the_network(root: Path, tmp_path: Path) -> None:
     backbone = TinyBackbone().to(memory_format=torch.channels_last).eval()
     made = store(tmp_path / "cache", backbone, "layer2")
     fill(root, [made], backbone)
@@ -79,7 +79,7 @@ def test_rows_keep_the_layout_of_the_network(root: Path, tmp_path: Path) -> None
         assert found.stride()[1:] == expected.stride()[1:]
 
 
-def test_rows_on_disk_are_the_rows_in_memory(root: Path, tmp_path: Path) -> None:
+def test_rows_mapped_from_disk_equal_rows_in_memory(root: Path, tmp_path: Path) -> None:
     made = [store(tmp_path / "cache", TinyBackbone(), "layer2", dtype) for dtype in ("float32", "bfloat16")]
     for each in made:
         fill(root, [each])
@@ -93,7 +93,7 @@ def test_rows_on_disk_are_the_rows_in_memory(root: Path, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_narrow_types_tell_their_error(root: Path, tmp_path: Path, dtype: str) -> None:
+def test_narrow_dtypes_report_their_rounding_error(root: Path, tmp_path: Path, dtype: str) -> None:
     exact, narrow = (store(tmp_path / "cache", TinyBackbone(), "layer1", each) for each in ("float32", dtype))
     fill(root, [exact])
     error = fill(root, [narrow]).error
@@ -104,7 +104,7 @@ def test_narrow_types_tell_their_error(root: Path, tmp_path: Path, dtype: str) -
     assert shards[1] < 0.6 * shards[0]
 
 
-def test_what_does_not_fit_a_type_is_refused(root: Path, tmp_path: Path) -> None:
+def test_activations_too_large_for_the_dtype_are_refused(root: Path, tmp_path: Path) -> None:
     backbone = TinyBackbone()
     with torch.no_grad():
         backbone.get_parameter("model.stem.norm.weight").mul_(1e6)
@@ -119,7 +119,7 @@ def change_a_weight(backbone: TinyBackbone, name: str) -> TinyBackbone:
     return backbone
 
 
-def test_every_change_is_caught_by_name(root: Path, tmp_path: Path) -> None:
+def test_every_change_is_named_by_its_field(root: Path, tmp_path: Path) -> None:
     made = store(tmp_path / "cache", TinyBackbone(), "layer2")
     fill(root, [made])
     cropped = TinyBackbone()
@@ -147,61 +147,7 @@ def test_every_change_is_caught_by_name(root: Path, tmp_path: Path) -> None:
     assert later == made.cache_key
 
     fresh = store(tmp_path / "cache", cropped, "layer2")
-    assert describe_gaps(fresh, names_in(root)) == "those that are stored there stay, and differ in preprocessing"
-
-
-def edited(factor: float = 1.01) -> TinyBackbone:
-    """The same network in all that it says of itself, by other code."""
-    backbone = TinyBackbone()
-    stem = backbone.get_submodule("model.stem.norm")
-    stem.register_forward_hook(lambda _, args, output: output * factor)
-    return backbone
-
-
-@pytest.mark.parametrize("boundary", ["head", "layer2", "map"])
-def test_other_code_has_a_store_of_its_own(root: Path, tmp_path: Path, boundary: str) -> None:
-    cache, keys = tmp_path / "cache", list(names_in(root))
-    made = store(cache, TinyBackbone(), boundary)
-    assert folder_for(cache, TinyBackbone(), made.cache_key) == made.folder
-    fill(root, [made])
-    assert cache_key_of(edited(), boundary, background=(255,) * 3) == made.cache_key
-    with pytest.raises(StaleStoreError, match=f"{made.folder.name}' do not fit: .*of a test pattern .* by other code"):
-        fill(root, [store(cache, edited(), boundary)], edited())
-
-    second = FeatureStore(folder_for(cache, edited(), made.cache_key), made.cache_key)
-    assert second.folder != made.folder
-    assert describe_gaps(second, names_in(root)) == "those that are stored there stay, and were made by other code"
-    assert fill(root, [second], edited()).rows == 41
-    assert not torch.equal(second.read(keys), made.read(keys))
-    for backbone, its in ((TinyBackbone(), made), (edited(), second)):
-        found = FeatureStore(folder_for(cache, backbone, made.cache_key), made.cache_key)
-        assert found.folder == its.folder
-        assert fill(root, [found], backbone).rows == 0
-    assert folder_for(cache, edited(1.5), made.cache_key) not in (made.folder, second.folder)
-
-
-def test_what_other_code_left_unfinished_is_not_taken(root: Path, tmp_path: Path) -> None:
-    made = store(tmp_path / "cache", TinyBackbone())
-    fill(root, [made])
-    (made.folder / "manifest.json").unlink()  # as if it had been killed before
-    found = FeatureStore(folder_for(tmp_path / "cache", edited(), made.cache_key), made.cache_key)
-    assert found.folder != made.folder
-    assert fill(root, [found], edited()).rows == 41
-
-
-@pytest.mark.parametrize("place", ["5.0.bn2", "4.2.bn2", "3.2.bn1", "5.0.bn1", "4.2.bn1"])
-def test_a_cap_that_few_inputs_reach_is_noticed(tmp_path: Path, place: str) -> None:
-    backbone = EfficientNetLite()
-    cache_key = cache_key_of(backbone, "head", background=(255,) * 3)
-    folder = folder_for(tmp_path, backbone, cache_key)
-    assert (
-        folder_for(tmp_path, EfficientNetLite(), cache_key_of(EfficientNetLite(), "head", background=(255,) * 3))
-        == folder
-    )
-    module, norm = place.rsplit(".", 1)
-    getattr(backbone.get_submodule(f"model.blocks.{module}"), norm).act.forward = torch.relu  # where ReLU6 was
-    assert cache_key_of(backbone, "head", background=(255,) * 3) == cache_key
-    assert folder_for(tmp_path, backbone, cache_key) != folder
+    assert describe_gaps(fresh, names_in(root)) == "the rows cached before differ in preprocessing, and are kept"
 
 
 class Unsteady(TinyBackbone):
@@ -217,12 +163,13 @@ class Unsteady(TinyBackbone):
 
 
 @pytest.mark.parametrize("by", ["chance", "neighbours"])
-def test_rows_that_do_not_depend_on_the_image_alone_are_refused(tmp_path: Path, by: str) -> None:
-    cache_key = cache_key_of(Unsteady(by), "head", background=(255,) * 3)
+def test_activations_that_do_not_depend_on_the_image_alone_are_refused(by: str, root: Path, tmp_path: Path) -> None:
+    backbone = Unsteady(by)
     with pytest.raises(
-        ValueError, match="what Unsteady makes of an image is not the same each time, even in eval mode"
+        ValueError, match="Unsteady does not compute the same output for an image each time, even in eval"
     ):
-        folder_for(tmp_path, Unsteady(by), cache_key)
+        fill(root, [store(tmp_path / "cache", backbone)], backbone)
+    assert not list((tmp_path / "cache").glob("*/*"))
 
 
 class Doubled(TinyBackbone):
@@ -231,23 +178,35 @@ class Doubled(TinyBackbone):
         return 2 * rows
 
 
-def test_stages_that_do_not_make_the_features_are_refused(tmp_path: Path) -> None:
-    cache_key = cache_key_of(Doubled(), "layer2", background=(255,) * 3)
-    with pytest.raises(ValueError, match="Doubled makes other features of an image than its stages do"):
-        folder_for(tmp_path, Doubled(), cache_key)
+def test_a_forward_that_does_more_than_the_stages_is_refused(root: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="Doubled computes other features than its stages one after the other"):
+        fill(root, [store(tmp_path / "cache", Doubled(), "layer2")], Doubled())
+    assert not list((tmp_path / "cache").glob("*/*"))
 
 
-def test_network_of_16_bits_whose_layout_nobody_has_chosen(root: Path, tmp_path: Path) -> None:
+def test_the_network_is_checked_only_where_a_store_begins(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checked: list[str] = []
+    monkeypatch.setattr(extraction, "check_deterministic", lambda backbone, boundary: checked.append(boundary))
+    for _ in range(2):
+        fill(root, [store(tmp_path / "cache", TinyBackbone(), boundary) for boundary in ("head", "layer2")])
+    save_image(root / "ant" / "new.png", seed=9000)
+    assert fill(root, [store(tmp_path / "cache", TinyBackbone())]).rows == 1
+    assert checked == ["head", "layer2"]
+
+
+def test_a_network_of_16_bits_gets_its_memory_layout_from_extraction(root: Path, tmp_path: Path) -> None:
     for file in sorted(root.rglob("*.png"))[2:]:
         file.unlink()
     backbone = EfficientNetLite(image_size=64).half()
     cache_key = cache_key_of(backbone, "head", background=(255,) * 3)
     for rows in (2, 0):
-        found = FeatureStore(folder_for(tmp_path / "cache", backbone, cache_key), cache_key)
+        found = FeatureStore(tmp_path / "cache" / cache_key.folder, cache_key)
         assert fill(root, [found], backbone).rows == rows
 
 
-def test_full_disk_is_told_by_the_system(tmp_path: Path) -> None:
+def test_a_full_disk_raises_the_error_of_the_system(tmp_path: Path) -> None:
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
     try:
@@ -262,31 +221,7 @@ def test_full_disk_is_told_by_the_system(tmp_path: Path) -> None:
     assert (tmp_path / "shard.npy").read_bytes() == (tmp_path / "numpy.npy").read_bytes()
 
 
-@pytest.mark.parametrize("text", [None, "[]", "{}", "[1, 2]", "[[NaN]]", "null"])
-def test_rows_of_unknown_code_are_not_served(root: Path, tmp_path: Path, text: str | None) -> None:
-    made = store(tmp_path / "cache", TinyBackbone())
-    fill(root, [made])
-    response = made.folder / "response.json"
-    response.unlink() if text is None else response.write_text(text)
-    if text in ("[1, 2]", "null"):
-        with pytest.raises(
-            DamagedStoreError, match=r"response\.json' cannot be read .*remove its folder and run again"
-        ):
-            folder_for(tmp_path / "cache", TinyBackbone(), made.cache_key)
-        return
-    found = folder_for(tmp_path / "cache", TinyBackbone(), made.cache_key)
-    assert found != made.folder
-    assert folder_for(tmp_path / "cache", TinyBackbone(), made.cache_key) == found
-
-
-def test_rounding_is_no_other_code(root: Path, tmp_path: Path) -> None:
-    made = store(tmp_path / "cache", TinyBackbone())
-    fill(root, [made])
-    for rounded in (edited(1 + 1e-6), TinyBackbone().to(memory_format=torch.channels_last)):
-        assert folder_for(tmp_path / "cache", rounded, made.cache_key) == made.folder
-
-
-def test_changed_and_new_images_are_computed_alone(root: Path, tmp_path: Path) -> None:
+def test_only_changed_and_new_images_are_computed(root: Path, tmp_path: Path) -> None:
     made = store(tmp_path / "cache", TinyBackbone(), "layer2")
     fill(root, [made])
     before = {path.name: path.read_bytes() for path in made.folder.glob("*.npy")}
@@ -299,9 +234,7 @@ def test_changed_and_new_images_are_computed_alone(root: Path, tmp_path: Path) -
     (root / "ant" / "008.png").rename(root / "bee" / "moved.png")
 
     said = describe_gaps(made, names_in(root))
-    assert said.startswith(
-        "computed anew for images: 1 changed (ant/007.png) and 10 new (ant/00new.png, ant/01new.png, "
-    )
+    assert said.startswith("images: 1 changed (ant/007.png) and 10 new (ant/00new.png, ant/01new.png, ")
     seen: list[str] = []
     done = fill(root, [made], seen=seen)
     assert done.rows == len(seen) == 11
@@ -315,7 +248,7 @@ def test_changed_and_new_images_are_computed_alone(root: Path, tmp_path: Path) -
     assert fill(root, [made]).rows == 0
 
 
-def test_a_damaged_shard_is_named_and_rebuilt_alone(root: Path, tmp_path: Path) -> None:
+def test_only_the_damaged_shard_is_named_and_computed_again(root: Path, tmp_path: Path) -> None:
     made = store(tmp_path / "cache", TinyBackbone())
     fill(root, [made])
     before = contents(made.folder)
@@ -327,7 +260,7 @@ def test_a_damaged_shard_is_named_and_rebuilt_alone(root: Path, tmp_path: Path) 
     keys = list(names_in(root))
     again = FeatureStore(made.folder, made.cache_key)
     assert len(again.read(keys[:16])) == 16  # the other shard is as good as before
-    with pytest.raises(DamagedStoreError, match=f"{shard.name}.*remove this file and run again, and its 16 rows alone"):
+    with pytest.raises(DamagedStoreError, match=f"{shard.name}.*Remove this file and run again: only its 16 rows"):
         again.read(keys)
     shard.unlink()
     with pytest.raises(DamagedStoreError, match=f"{shard.name}' is missing; run again"):
@@ -338,7 +271,7 @@ def test_a_damaged_shard_is_named_and_rebuilt_alone(root: Path, tmp_path: Path) 
     assert contents(made.folder) == before
 
 
-def test_a_shard_that_was_cut_short_is_computed_anew(root: Path, tmp_path: Path) -> None:
+def test_a_shard_that_was_cut_short_is_computed_again(root: Path, tmp_path: Path) -> None:
     made = store(tmp_path / "cache", TinyBackbone())
     fill(root, [made])
     before = contents(made.folder)
@@ -346,7 +279,7 @@ def test_a_shard_that_was_cut_short_is_computed_anew(root: Path, tmp_path: Path)
         assert describe_gaps(made, names_in(root)) == ""
         shard = made.folder / made.blocks[1].file
         shard.write_bytes(shard.read_bytes()[:-100])
-        assert describe_gaps(made, names_in(root)) == "the shards of 16 are missing or cut short"
+        assert describe_gaps(made, names_in(root)) == "the shards of 16 rows are missing or cut short"
         if manifest_is_lost:
             (made.folder / "manifest.json").unlink()
         seen: list[str] = []
@@ -362,7 +295,7 @@ def test_a_shard_that_was_cut_short_is_computed_anew(root: Path, tmp_path: Path)
         "{",
         '{"cache_key": 3}',
         "[]",
-        '{"cache_key": {"format": 1}, "shards": [], "row_shape": [1], "channels_last": false}',
+        f'{{"cache_key": {{"format": {FORMAT}}}, "shards": [], "row_shape": [1], "channels_last": false}}',
     ],
 )
 def test_a_damaged_manifest_is_named(root: Path, tmp_path: Path, text: str) -> None:
@@ -380,18 +313,19 @@ def test_a_damaged_manifest_is_named(root: Path, tmp_path: Path, text: str) -> N
     assert contents(made.folder) == before
 
 
-def test_a_later_format_is_named(root: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("found", "cure"), [(99, "update tl_lightning"), (1, "remove its folder and run again")])
+def test_another_format_is_named(found: int, cure: str, root: Path, tmp_path: Path) -> None:
     made = store(tmp_path / "cache", TinyBackbone())
     fill(root, [made])
     manifest = made.folder / "manifest.json"
     content = json.loads(manifest.read_text())
-    content["cache_key"]["format"] = 99
+    content["cache_key"]["format"] = found
     manifest.write_text(json.dumps(content))
-    with pytest.raises(StaleStoreError, match="format 99"):
+    with pytest.raises(StaleStoreError, match=f"has format {found}, and this version reads format {FORMAT}; {cure}"):
         FeatureStore(made.folder, made.cache_key)
 
 
-def test_too_little_space_is_said_before_anything_is_computed(
+def test_too_little_space_raises_before_anything_is_computed(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("shutil.disk_usage", lambda _: type("", (), {"free": 1000})())
@@ -401,23 +335,12 @@ def test_too_little_space_is_said_before_anything_is_computed(
     assert seen == []
 
 
-def test_what_will_not_pay_is_said_with_the_arithmetic() -> None:
+def test_rows_larger_than_their_images_are_warned_of_if_memory_cannot_hold_them() -> None:
     large, small = Layout((512, 32, 32), False), Layout((512,), False)
-    measured: list[float] = []
-
-    def advice(layout: Layout, rows: int, seconds: float) -> str:
-        def measure() -> float:
-            measured.append(seconds)
-            return seconds
-
-        return advice_of(layout, "float32", rows, measure)
-
-    assert advice(small, 1_000_000, 0.004) == ""
-    assert not measured, "two batches were run to find what is plain: a small row is read faster than any network runs"
-    assert advice(large, 100, 0.004) == ""
-    said = advice(large, 10_000_000, 0.004)
-    assert said.startswith(
-        "this will hardly pay: 2.1 MB an image take 4.19 ms from disk, since memory cannot hold them all, at 500.0 MB/s, "
-        "and the network 4.00 ms; store a later boundary"
+    image_bytes = 3 * 224 * 224
+    assert warn_of_large_rows(small, "float32", 100_000_000, image_bytes, CPU) == ""
+    assert warn_of_large_rows(large, "float32", 100, image_bytes, CPU) == ""
+    assert warn_of_large_rows(large, "float32", 10_000_000, image_bytes, CPU).startswith(
+        "this may not pay: memory cannot hold these features, so each epoch reads 20971.5 GB from disk, and a "
+        "row of 2.1 MB is larger than the 0.2 MB of pixels that it is computed from; cache a later boundary"
     )
-    assert "from memory at 5.0 GB/s" in advice(large, 100, 0.0002)

@@ -1,4 +1,4 @@
-"""What the frozen part of a backbone makes of images, computed once and read back."""
+"""Serve cached activations of a backbone in place of images."""
 
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tl_lightning.backbones import Backbone
-from tl_lightning.batch import RunsFrom
+from tl_lightning.batch import CacheableModule
 from tl_lightning.data._feature_cache import FeatureCache
 from tl_lightning.data.base import ResumableDataModule
 from tl_lightning.data.feature_loader import FeatureLoader
@@ -17,31 +17,30 @@ from tl_lightning.data.image_loader import ImageLoader
 from tl_lightning.data.loader import EpochLoader
 from tl_lightning.data.provenance import Provenance
 from tl_lightning.data.splits import TRAIN, Samples
-from tl_lightning.features import FeatureRows, check_dtype, like
-from tl_lightning.features._messages import name_of
+from tl_lightning.features import FeatureRows, check_dtype, describe_boundary, reference_tensor
 from tl_lightning.freezing import HEAD
 from tl_lightning.transforms import Preprocessing
 from tl_lightning.utils.paths import cache_folder
 
 
 class CachedFeaturesDataModule(ResumableDataModule):
-    """Serve stored activations of a backbone in place of images; what is not stored yet is computed first.
+    """Serve cached activations of a backbone in place of images, and compute the missing ones first.
 
-    Any classifier trains on it as on the images, and comes out the same: a classifier of images. What is served is what
-    lies before the first stage that has trained by the epoch at hand, so nothing that moves is ever stored. Prediction
-    takes the images themselves.
+    Any classifier trains on it as on the images and ends with the same weights, so that it classifies images. In each
+    epoch, the module serves the input of the first stage that has trained by then: activations that change are never
+    cached. Prediction reads the images themselves.
 
-    Training images are not augmented, unless in ``views`` that are drawn once and served in turn, one an epoch.
+    Training images are not augmented. With ``views``, augmented views are drawn once and served in turn, one an epoch.
 
     Args:
-        images: Where the images come from; its ``augment`` is not used.
-        backbone: The network, where there is no trainer whose classifier has one. The command line fills it in.
-        cache_dir: Folder of all stored activations, which runs and machines may share; None takes the user's cache folder.
-        dtype: In which they are stored: ``float32``; or ``float16`` or ``bfloat16``, which take half the space.
-        views: Number K of augmented views of each training image; 0 takes the image as it is.
+        images: The data module of the images; its ``augment`` is not used.
+        backbone: The network, if no trainer provides a classifier. The command line fills it in.
+        cache_dir: Folder of the cache, which runs and machines may share; None takes the user's cache folder.
+        dtype: The dtype of the cache: ``float32``; or ``float16`` or ``bfloat16``, which take half the space.
+        views: Number K of augmented views of each training image; 0 for the images without augmentation.
 
     Raises:
-        ValueError: ``views`` is negative, ``cache_dir`` is empty, or there is no such type.
+        ValueError: ``views`` is negative, ``cache_dir`` is empty, or ``dtype`` is unknown.
     """
 
     def __init__(
@@ -54,7 +53,9 @@ class CachedFeaturesDataModule(ResumableDataModule):
     ) -> None:
         super().__init__()
         if views < 0:
-            raise ValueError(f"views is {views}; it is a number of augmented views, or 0 for the images as they are")
+            raise ValueError(
+                f"views is {views}; give the number of augmented views of each training image, or 0 for none"
+            )
         if cache_dir == "":
             raise ValueError("cache_dir is ''; give a folder, '.' for the current one, or leave it out")
         check_dtype(dtype)
@@ -68,9 +69,9 @@ class CachedFeaturesDataModule(ResumableDataModule):
         self.cache = FeatureCache(images, folder, dtype, views)
         self._rows: dict[tuple[str, int | None], tuple[str, FeatureRows]] = {}
 
-    # What the images are --------------------------------------------------------------------------------------------
+    # The images --------------------------------------------------------------------------------------------
 
-    @property
+    @property  # type: ignore[override]  # read-only here
     def class_names(self) -> tuple[str, ...]:
         """Names of the classes, in the order of their numbers."""
         return self.images.class_names
@@ -80,40 +81,40 @@ class CachedFeaturesDataModule(ResumableDataModule):
         """Number of classes."""
         return self.images.num_classes
 
-    @property
+    @property  # type: ignore[override]  # read-only here
     def preprocessing(self) -> Preprocessing | None:
-        """What the images go through; None while it is not known."""
+        """Preprocessing of the images; None before ``setup`` if none was given."""
         return self.images.preprocessing
 
     @property
     def splits(self) -> dict[str, Samples]:
-        """The labelled images of each split that there is."""
+        """The labelled images of each existing split."""
         return self.images.splits
 
-    @property
+    @property  # type: ignore[override]  # read-only here
     def predict_files(self) -> list[str]:
         """Paths, relative to the root, of the images to predict."""
         return self.images.predict_files
 
     def provenance(self) -> Provenance:
-        """Return what identifies the training images."""
+        """Identify the training images."""
         return self.images.provenance()
 
     def identify(self, split: str) -> Tensor:
-        """Return a number for each image of a split (N,), int64, by which it is known again."""
+        """Return a number that identifies each image of a split (N,), int64."""
         return self.images.identify(split)
 
-    # What is served -------------------------------------------------------------------------------------------------
+    # The cached activations -------------------------------------------------------------------------------------------
 
     @property
     def network(self) -> Backbone:
-        """The backbone of the classifier at hand.
+        """The backbone of the trainer's classifier; without one, the ``backbone`` argument.
 
         Raises:
-            ValueError: There is none.
+            ValueError: There is neither.
         """
         module = None if self.trainer is None else self.trainer.lightning_module
-        network = module.backbone if isinstance(module, RunsFrom) else self.backbone
+        network = module.backbone if isinstance(module, CacheableModule) else self.backbone
         if not isinstance(network, Backbone):
             raise ValueError(  # noqa: TRY004 - what is missing is an argument
                 "CachedFeaturesDataModule has no backbone; pass backbone=... or give it to a trainer's fit"
@@ -121,13 +122,13 @@ class CachedFeaturesDataModule(ResumableDataModule):
         return network
 
     def boundaries(self, *, fitting: bool) -> Mapping[int, str]:
-        """Return from which epoch on which boundary is served.
+        """Map each epoch in which the served boundary moves, 0 first, to that boundary.
 
         Args:
-            fitting: In a fit, up to its end; else at the boundary before which nothing ever trains.
+            fitting: Give the boundaries of a fit, up to its end; otherwise the one before which nothing ever trains.
         """
         trainer = self.trainer
-        if trainer is None or not isinstance(trainer.lightning_module, RunsFrom):
+        if trainer is None or not isinstance(trainer.lightning_module, CacheableModule):
             return {0: HEAD}
         found = trainer.lightning_module.boundaries()
         if not fitting:
@@ -136,37 +137,37 @@ class CachedFeaturesDataModule(ResumableDataModule):
         return {epoch: boundary for epoch, boundary in found.items() if epoch < end}
 
     def complete(self, boundaries: Collection[str]) -> None:
-        """Compute and store what is not stored yet at these boundaries; on all ranks."""
+        """Compute and cache the missing activations at these boundaries; call it on all ranks."""
         self.cache.complete(self.network.to(self._device()), list(dict.fromkeys(boundaries)))
 
     def features(self, split: str, boundary: str) -> Tensor:
-        """Return what is stored of all images of a split, on the device.
+        """Return the cached activations of all images of a split, on the device.
 
         Shape:
             Output: (N, ...), in the order of the split's files.
 
         Raises:
-            ValueError: There is no such boundary, or there are several views of each image.
+            ValueError: The boundary is unknown, or the training images are cached as augmented views.
         """
         if split == TRAIN and self.views:
             raise ValueError(
-                f"the training images are stored as {self.views} augmented views each, and not as they are: leave views out to "
-                "have one row of each"
+                f"the training images are cached as {self.views} augmented views each: leave views out, so that each "
+                "image has one row"
             )
         files = self.splits[split].files
         rows = self.cache.rows(self.network, boundary, files, None, self._device())
         return rows.take(torch.arange(len(files)))
 
     def describe(self) -> str:
-        """Say what training sees."""
+        """Describe the inputs of training in one line."""
         boundaries = ", ".join(
-            f"{name_of(boundary)}{f' from epoch {epoch} on' if epoch else ''}"
+            f"{describe_boundary(boundary)}{f' from epoch {epoch} on' if epoch else ''}"
             for epoch, boundary in self.boundaries(fitting=True).items()
         )
         views = (
             f"{self.views} augmented views of each training image" if self.views else "training images not augmented"
         )
-        return f"stored {boundaries}; {views}"
+        return f"cached {boundaries}; {views}"
 
     def _rows_at(self, split: str, epoch: int) -> tuple[str, FeatureRows]:
         boundaries = self.boundaries(fitting=self._is_fitting())
@@ -185,7 +186,7 @@ class CachedFeaturesDataModule(ResumableDataModule):
         self.images.prepare_data()
 
     def setup(self, stage: str) -> None:
-        """Look at the images before the run starts."""
+        """List the images, and forget rows of an earlier run."""
         super().setup(stage)
         self.images.trainer = self.trainer
         if self.images.preprocessing is None:
@@ -195,15 +196,15 @@ class CachedFeaturesDataModule(ResumableDataModule):
         self._rows.clear()
 
     def train_dataloader(self) -> EpochLoader:
-        """Serve what is stored of the training images, shuffled."""
+        """Serve the cached activations of the training images, shuffled."""
         return self.train_on(self._loader(TRAIN))
 
     def val_dataloader(self) -> EpochLoader:
-        """Serve what is stored of the validation images, in order."""
+        """Serve the cached activations of the validation images, in order."""
         return self._loader("val")
 
     def test_dataloader(self) -> EpochLoader:
-        """Serve what is stored of the test images, in order."""
+        """Serve the cached activations of the test images, in order."""
         return self._loader("test")
 
     def predict_dataloader(self) -> ImageLoader:
@@ -211,7 +212,7 @@ class CachedFeaturesDataModule(ResumableDataModule):
         return self.images.predict_dataloader()
 
     def teardown(self, stage: str) -> None:
-        """Free the memory."""
+        """Free the memory of the rows."""
         self._rows.clear()
         self.images.teardown(stage)
         super().teardown(stage)
@@ -232,10 +233,10 @@ class CachedFeaturesDataModule(ResumableDataModule):
     def _device(self) -> torch.device:
         if self.trainer is not None:
             return self.trainer.strategy.root_device
-        return like(self.network).device
+        return reference_tensor(self.network).device
 
 
 def images_of(data: object) -> ImageFolderDataModule | None:
-    """Return the folder of images that a data module serves or stands in for; None if it does neither."""
+    """Return the data module of images that ``data`` is or stands in for; None for any other."""
     images = data.images if isinstance(data, CachedFeaturesDataModule) else data
     return images if isinstance(images, ImageFolderDataModule) else None

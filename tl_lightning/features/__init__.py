@@ -1,10 +1,12 @@
-"""Features on disk: what is frozen is computed once."""
+"""Cache the output of frozen stages on disk, so that it is computed once."""
 
+from tl_lightning.features._determinism import patterns
 from tl_lightning.features._manifest import StaleStoreError
+from tl_lightning.features._messages import describe_boundary
 from tl_lightning.features._shards import DamagedStoreError
+from tl_lightning.features.activations import reference_tensor
 from tl_lightning.features.cache_key import CacheKey, cache_key_of, check_dtype, content_key, content_keys
-from tl_lightning.features.extraction import ExtractionStats, extract, folder_for
-from tl_lightning.features.response import like
+from tl_lightning.features.extraction import ExtractionStats, check_ranks, extract
 from tl_lightning.features.rows import FeatureRows
 from tl_lightning.features.store import FeatureStore
 
@@ -17,9 +19,11 @@ __all__ = [
     "StaleStoreError",
     "cache_key_of",
     "check_dtype",
+    "check_ranks",
     "content_key",
     "content_keys",
+    "describe_boundary",
     "extract",
-    "folder_for",
-    "like",
+    "patterns",
+    "reference_tensor",
 ]

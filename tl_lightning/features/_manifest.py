@@ -1,4 +1,4 @@
-"""What lies beside the shards of a store: its manifest, and the response of the network whose rows these are."""
+"""The manifest of a store: its cache key, the memory layout of its rows, and the image behind each row."""
 
 import hashlib
 import json
@@ -7,47 +7,44 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from filelock import FileLock
 from torch import Tensor
 from typing_extensions import Self
 
-from tl_lightning.features._shards import DamagedStoreError, replace
-from tl_lightning.features.cache_key import FORMAT, CacheKey
-from tl_lightning.features.response import Response, is_same
+from tl_lightning.features._shards import DamagedStoreError
+from tl_lightning.features.cache_key import DTYPES, FORMAT, CacheKey
 
 MANIFEST = "manifest.json"
-RESPONSE = "response.json"
 
 
 class StaleStoreError(ValueError):
-    """A store holds something else than what is asked for."""
+    """A store holds rows of another cache key, or of another format."""
 
 
 class Block(NamedTuple):
-    """Rows that are computed together and lie in one shard."""
+    """Rows that are computed together and written to one shard."""
 
     names: tuple[tuple[str, str], ...]
-    """Key and name of each row: the key tells the content, the name is for messages."""
+    """Content key and name of each row; the name serves messages only."""
 
     @property
     def keys(self) -> tuple[str, ...]:
-        """Key of each row."""
+        """Content key of each row."""
         return tuple(key for key, _ in self.names)
 
     @property
     def file(self) -> str:
-        """Name of the shard, another one for any other rows."""
+        """Name of the shard, unique to these rows."""
         digest = hashlib.sha256("\n".join(self.keys).encode()).hexdigest()
         return f"{digest[:24]}.npy"
 
 
 class Layout(NamedTuple):
-    """How a row lies in memory: as the backbone makes it, since kernels compute in another order in another layout."""
+    """Shape and memory layout of a row, as the backbone made it: in another layout, kernels sum in another order."""
 
     shape: tuple[int, ...]
-    """Of a row."""
+    """Shape of a row."""
     channels_last: bool
-    """Whether a row (C, h, w) lies as (h, w, C)."""
+    """Whether a row (C, h, w) lies in memory as (h, w, C)."""
 
     @classmethod
     def of(cls, rows: Tensor) -> Self:
@@ -60,17 +57,21 @@ class Layout(NamedTuple):
         """Shape of a row on disk."""
         return (*self.shape[1:], self.shape[0]) if self.channels_last else self.shape
 
+    def row_bytes(self, dtype: str) -> int:
+        """Return the size of a row in a dtype."""
+        return torch.Size(self.shape).numel() * DTYPES[dtype].itemsize
+
     def to_disk(self, rows: Tensor) -> Tensor:
-        """Bring rows from (N, ...) to what lies on disk."""
+        """Turn rows (N, ...) into the contiguous array that lies on disk."""
         return (rows.permute(0, 2, 3, 1) if self.channels_last else rows).contiguous()
 
     def from_disk(self, rows: Tensor) -> Tensor:
-        """Bring rows from what lies on disk to (N, ...), without a copy."""
+        """Turn an array from disk into rows (N, ...), without a copy."""
         return rows.permute(0, 3, 1, 2) if self.channels_last else rows
 
 
 class Manifest(NamedTuple):
-    """What a store holds."""
+    """The content of a complete store."""
 
     cache_key: CacheKey
     layout: Layout
@@ -78,7 +79,7 @@ class Manifest(NamedTuple):
     """SHA-256 of each shard."""
 
     def to_json(self) -> bytes:
-        """Return the content of the file."""
+        """Return the bytes of the file."""
         shards = [{"file": b.file, "sha256": digest, "rows": b.names} for b, digest in self.digests.items()]
         content = {
             "cache_key": self.cache_key._asdict(),
@@ -90,70 +91,34 @@ class Manifest(NamedTuple):
 
 
 def read_manifest(folder: Path) -> Manifest | None:
-    """Return what a manifest says; None if there is none.
+    """Read the manifest of a store; return None if it has none.
 
     Raises:
-        StaleStoreError: It is of a later format.
-        DamagedStoreError: It cannot be read.
+        StaleStoreError: The manifest is of another format.
+        DamagedStoreError: The manifest cannot be read.
     """
     path = folder / MANIFEST
     if not path.is_file():
         return None
     try:
         content: dict[str, Any] = json.loads(path.read_bytes())
-        found = content["cache_key"]["format"]
-        if found > FORMAT:
-            raise StaleStoreError(
-                f"{str(path)!r} was written in the later format {found}; update tl_lightning, or remove it"
-            )
-        shards = content["shards"]
-        digests = {Block(tuple((key, name) for key, name in shard["rows"])): str(shard["sha256"]) for shard in shards}
-        layout = Layout(tuple(content["row_shape"]), content["channels_last"])
-        return Manifest(CacheKey(**content["cache_key"]), layout, digests)
-    except StaleStoreError:
-        raise
+        found = int(content["cache_key"]["format"])
+        if found == FORMAT:
+            shards = content["shards"]
+            digests = {Block(tuple((key, name) for key, name in s["rows"])): str(s["sha256"]) for s in shards}
+            layout = Layout(tuple(content["row_shape"]), content["channels_last"])
+            return Manifest(CacheKey(**content["cache_key"]), layout, digests)
     except (KeyError, TypeError, ValueError) as error:
-        raise DamagedStoreError(_cannot_read(path, error)) from error
-
-
-def read_response(folder: Path) -> Response | None:
-    """Return how the network responded whose rows these are; None if there are none.
-
-    Raises:
-        DamagedStoreError: The file cannot be read.
-    """
-    path = folder / RESPONSE
-    if not path.is_file():
-        return None
-    try:
-        return tuple(tuple(float(number) for number in row) for row in json.loads(path.read_bytes()))
-    except (TypeError, ValueError) as error:
-        raise DamagedStoreError(_cannot_read(path, error)) from error
-
-
-def claim(folder: Path, response: Response) -> bool:
-    """Let rows of a network that responds so be written to a folder, if those that are there already are its own.
-
-    Raises:
-        DamagedStoreError: The folder's response cannot be read.
-        OSError: Nothing can be written there.
-    """
-    if (known := read_response(folder)) is not None:
-        return is_same(known, response)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder.parent / ".lock", mode=0o666):  # others may share the folder
-        if (known := read_response(folder)) is not None:  # another process was faster
-            return is_same(known, response)
-        if any(folder.glob("*.npy")) or (folder / MANIFEST).exists():
-            return False  # nobody knows whose these are
-        folder.mkdir(exist_ok=True)
-        text = json.dumps(response).encode()
-        replace(folder / RESPONSE, lambda file: file.write(text))
-    return True
+        raise DamagedStoreError(
+            f"{str(path)!r} cannot be read ({type(error).__name__}: {error}); remove its folder and run again: its "
+            "rows will be computed again"
+        ) from error
+    cure = "update tl_lightning, or remove its folder" if found > FORMAT else "remove its folder and run again"
+    raise StaleStoreError(f"{str(path)!r} has format {found}, and this version reads format {FORMAT}; {cure}")
 
 
 def cache_keys_in(cache_dir: str | Path) -> list[CacheKey]:
-    """Return the cache_keys of all complete stores in a folder; what cannot be read is passed over."""
+    """Return the cache keys of all complete stores in a folder; stores that cannot be read are skipped."""
     found = []
     for path in sorted(Path(cache_dir).glob(f"*/{MANIFEST}")):
         with suppress(StaleStoreError, DamagedStoreError, OSError):
@@ -161,10 +126,3 @@ def cache_keys_in(cache_dir: str | Path) -> list[CacheKey]:
             if manifest is not None:
                 found.append(manifest.cache_key)
     return found
-
-
-def _cannot_read(path: Path, error: Exception) -> str:
-    return (
-        f"{str(path)!r} cannot be read ({type(error).__name__}: {error}); remove its folder and run again, and what was in it "
-        "is computed anew"
-    )

@@ -1,90 +1,91 @@
-"""What is said about stored features."""
+"""Tell the user which features are computed, and why."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
-from tl_lightning.features._disk_space import advice, free_space, gigabytes, row_bytes
+from tl_lightning.features._disk_space import free_space, gigabytes
 from tl_lightning.features._manifest import Layout, cache_keys_in
 from tl_lightning.features.cache_key import CacheKey
 from tl_lightning.features.store import FeatureStore
 from tl_lightning.freezing import HEAD, MAP
 from tl_lightning.utils.paths import short_path
 
-_SHOWN = 3
-_SHORT = 24
+_NAMES_SHOWN = 3
+_LONGEST_VALUE = 24
 
 
-def name_of(boundary: str) -> str:
-    """Say what is stored at a boundary."""
+def describe_boundary(boundary: str) -> str:
+    """Name the activations at a boundary."""
     return {HEAD: "pooled features", MAP: "the spatial map"}.get(boundary, f"activations before {boundary}")
 
 
 def describe_gaps(store: FeatureStore, names: Mapping[str, str]) -> str:
-    """Say why rows have to be computed, if there are others that nearly fit; else nothing.
+    """Say why rows are computed although similar ones are cached; return an empty string if there are no similar ones.
 
     Args:
-        store: Where they belong.
-        names: Of the rows wanted, by key.
+        store: The store of the rows.
+        names: The name of each wanted row, by content key.
     """
     if not store.blocks:
-        cache_keys = [r for r in cache_keys_in(store.folder.parent) if r.boundary == store.cache_key.boundary]
-        if store.cache_key in cache_keys:
-            return "those that are stored there stay, and were made by other code"
-        nearest = min((_differing(store.cache_key, cache_key) for cache_key in cache_keys), key=len, default={})
-        if not nearest or nearest.keys() >= {"backbone", "weights"}:  # those of another network are no news
-            return ""
-        fields = (f"{name} ({value})" if len(value) <= _SHORT else name for name, value in nearest.items())
-        return f"those that are stored there stay, and differ in {' and '.join(fields)}"
+        return _describe_nearest(store)
     before = {name for block in store.blocks for _, name in block.names}
     lacking = [name for key, name in names.items() if key not in store]
     changed = [name for name in lacking if name in before]
     new = [name for name in lacking if name not in before]
     parts = [
-        f"{len(group):,} {what} ({', '.join(group[:_SHOWN])}{', ...' if len(group) > _SHOWN else ''})"
-        for what, group in (("changed", changed), ("new", new))
+        f"{len(group):,} {kind} ({', '.join(group[:_NAMES_SHOWN])}{', ...' if len(group) > _NAMES_SHOWN else ''})"
+        for kind, group in (("changed", changed), ("new", new))
         if group
     ]
     lost = sum(len(block.names) for block in store.blocks if not store.is_written(block))
-    anew = [f"computed anew for images: {' and '.join(parts)}"] if parts else []
-    return "; ".join(anew + [f"the shards of {lost:,} are missing or cut short"] * (lost > 0))
+    why = [f"images: {' and '.join(parts)}"] if parts else []
+    return "; ".join(why + [f"the shards of {lost:,} rows are missing or cut short"] * (lost > 0))
+
+
+def _describe_nearest(store: FeatureStore) -> str:
+    """Say how the cache key differs from the most similar one in the same cache folder."""
+    others = [key for key in cache_keys_in(store.folder.parent) if key.boundary == store.cache_key.boundary]
+    nearest = min((_differing(store.cache_key, other) for other in others), key=len, default={})
+    if not nearest or nearest.keys() >= {"backbone", "weights"}:  # rows of another network need no explanation
+        return ""
+    fields = (f"{name} ({value})" if len(value) <= _LONGEST_VALUE else name for name, value in nearest.items())
+    return f"the rows cached before differ in {' and '.join(fields)}, and are kept"
 
 
 def _differing(cache_key: CacheKey, other: CacheKey) -> dict[str, str]:
-    """Return the fields in which another cache_key differs, with its values."""
+    """Return the fields in which another cache key differs, with its values."""
     return {name: str(its) for name, mine, its in zip(cache_key._fields, cache_key, other, strict=True) if mine != its}
 
 
-def describe_plan(
-    store: FeatureStore, layout: Layout, rows: int, names: Mapping[str, str], seconds: Callable[[], float]
-) -> str:
-    """Say what is going to be written, why, and whether it pays.
+def describe_plan(store: FeatureStore, layout: Layout, rows: int, names: Mapping[str, str], warning: str) -> str:
+    """Say which rows are about to be written, where, and why.
 
     Args:
-        store: Where to.
-        layout: Of a row.
-        rows: How many there are to write.
-        names: Of the rows wanted, by key.
-        seconds: Measures what the network takes for a row.
+        store: The store of the rows.
+        layout: The layout of a row.
+        rows: The number of rows to write.
+        names: The name of each wanted row, by content key.
+        warning: Put at the end; may be empty.
     """
+    dtype = store.cache_key.dtype
     shape = " x ".join(map(str, layout.shape))
-    size = rows * row_bytes(layout, store.cache_key.dtype)
-    there = f"; the other {len(names) - rows:,} are there" if rows < len(names) else ""
-    further = [describe_gaps(store, names), advice(layout, store.cache_key.dtype, len(names), seconds)]
+    others = f"; the other {len(names) - rows:,} are cached" if rows < len(names) else ""
     return (
-        f"storing {name_of(store.cache_key.boundary)}, {shape} {store.cache_key.dtype}, of {rows:,} images: {gigabytes(size)} of "
-        f"{gigabytes(free_space(store.folder))} free, in {short_path(store.folder)}{there}"
-        + "".join(f"; {text}" for text in further if text)
+        f"caching {describe_boundary(store.cache_key.boundary)}, {shape} {dtype}, of {rows:,} images: "
+        f"{gigabytes(rows * layout.row_bytes(dtype))} of {gigabytes(free_space(store.folder))} free, in "
+        f"{short_path(store.folder)}{others}"
+        + "".join(f"; {text}" for text in (describe_gaps(store, names), warning) if text)
     )
 
 
-def describe(rows: int, seconds: float, error: float, dtype: str) -> str:
-    """Say what an extraction did.
+def describe_stats(rows: int, seconds: float, error: float, dtype: str) -> str:
+    """Say how long an extraction took, and how much its dtype rounds.
 
     Args:
         rows: Images that went through the network.
-        seconds: That it took.
-        error: Relative error by the type.
-        dtype: The type.
+        seconds: Duration.
+        error: Relative rounding error of the dtype.
+        dtype: The dtype of the cached rows.
     """
-    by_type = f"; relative error by {dtype} {error:.1e}" if error else ""
+    rounding = f"; relative error by {dtype} {error:.1e}" if error else ""
     rate = rows / max(seconds, 1e-9)
-    return f"{rows:,} images in {seconds:.0f} s ({rate:,.{0 if rate >= 10 else 1}f} a second){by_type}"
+    return f"{rows:,} images in {seconds:.0f} s ({rate:,.{0 if rate >= 10 else 1}f} a second){rounding}"

@@ -1,5 +1,6 @@
-"""The shards of a store: arrays of rows (``.npy``), each written at once and never changed."""
+"""Read and write the shards of a store: arrays of rows (``.npy``), each written at once and never changed."""
 
+import hashlib
 import math
 import os
 from collections.abc import Callable
@@ -11,46 +12,46 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from tl_lightning.features.cache_key import file_digest
-
 Shard = npt.NDArray[np.generic]
-"""Rows as they lie on disk; bfloat16, which numpy does not know, as integers of 16 bits."""
+"""Rows as they lie on disk; bfloat16, which numpy lacks, as 16-bit integers."""
 NUMPY = {torch.float32: np.float32, torch.float16: np.float16, torch.bfloat16: np.uint16}
+
+_CHUNK_BYTES = 1 << 20
 
 
 class DamagedStoreError(ValueError):
-    """A file of a store is not what was written."""
+    """A file of a store is missing or differs from the one that was written."""
 
 
 def open_shard(path: Path, rows: int, digest: str | None) -> Shard:
     """Map a shard into memory.
 
     Args:
-        path: Its file.
-        rows: How many it has.
-        digest: SHA-256 of what was written; None where it was looked at before.
+        path: The file of the shard.
+        rows: The number of its rows.
+        digest: SHA-256 of the file that was written; None skips the check.
 
     Raises:
-        DamagedStoreError: It is missing, or is not what was written.
+        DamagedStoreError: The file is missing or differs from the one that was written.
     """
-    its = f"its {rows} row{'s' * (rows > 1)} alone are computed anew"
+    only = f"only its {rows} row{'s' * (rows > 1)} will be computed again"
     if not path.is_file():
-        raise DamagedStoreError(f"the shard {str(path)!r} is missing; run again, and {its}")
+        raise DamagedStoreError(f"the shard {str(path)!r} is missing; run again: {only}")
     if digest is not None and file_digest(path) != digest:
         raise DamagedStoreError(
-            f"the shard {str(path)!r} is not what was written, by its SHA-256; remove this file and run again, and {its}"
+            f"the shard {str(path)!r} is damaged: its SHA-256 is not that of the file that was written. Remove this "
+            f"file and run again: {only}"
         )
     shard: Shard = np.load(path, mmap_mode="r", allow_pickle=False)
     return shard
 
 
 def write_shard(path: Path, rows: Tensor) -> None:
-    """Write rows (N, ...) that are on the CPU, in the type in which they are stored, all at once or not at all."""
+    """Write rows (N, ...) on the CPU, in the dtype of the store, all at once or not at all."""
     array = (rows.contiguous().view(torch.uint16) if rows.dtype == torch.bfloat16 else rows.contiguous()).numpy()
 
-    def write(
-        file: IO[bytes],
-    ) -> None:  # as numpy.save, which does not say that the disk is full, but how much it wrote
+    def write(file: IO[bytes]) -> None:
+        # As numpy.save, which on a full disk raises without the system's error: only how many bytes it wrote.
         np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(array))
         file.write(array.data)
 
@@ -58,7 +59,7 @@ def write_shard(path: Path, rows: Tensor) -> None:
 
 
 def is_whole(shard: Path, rows: int) -> bool:
-    """Return whether a shard is there, and as long as so many rows are."""
+    """Return whether the file of a shard exists and is as long as its number of rows requires."""
     try:
         with shard.open("rb") as file:
             if np.lib.format.read_magic(file) != (1, 0):
@@ -67,6 +68,15 @@ def is_whole(shard: Path, rows: int) -> bool:
             return shape[0] == rows and file.tell() + math.prod(shape) * dtype.itemsize == shard.stat().st_size
     except (OSError, ValueError, IndexError):
         return False
+
+
+def file_digest(path: Path) -> str:
+    """Return the SHA-256 of a file's bytes."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 def replace(path: Path, write: Callable[[IO[bytes]], object]) -> None:

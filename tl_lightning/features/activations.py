@@ -1,7 +1,9 @@
-"""What a backbone makes of images at its boundaries."""
+"""Compute the activations of a backbone at its boundaries."""
 
+import itertools
 from collections.abc import Collection
 
+import torch
 from torch import Tensor, nn
 
 from tl_lightning.backbones import Backbone, Segment, stages_of
@@ -10,10 +12,10 @@ from tl_lightning.utils.messages import unknown
 
 
 def prefix_of(backbone: Backbone, boundary: str) -> nn.Module:
-    """Return the part of a backbone before a boundary; all of it for ``"head"`` and ``"map"``.
+    """Return the stages of a backbone before a boundary; the whole backbone for ``"head"`` and ``"map"``.
 
     Raises:
-        ValueError: There is no such stage.
+        ValueError: The backbone has no such stage.
     """
     if boundary in (HEAD, MAP):
         return backbone
@@ -22,19 +24,26 @@ def prefix_of(backbone: Backbone, boundary: str) -> nn.Module:
     return backbone.split(boundary)[0]
 
 
+def reference_tensor(network: nn.Module) -> Tensor:
+    """Return a tensor with the dtype and on the device in which a network computes."""
+    tensors = itertools.chain(network.parameters(), network.buffers())
+    return next((tensor for tensor in tensors if tensor.is_floating_point()), torch.empty(0))
+
+
 def activations(backbone: Backbone, images: Tensor, boundaries: Collection[str]) -> dict[str, Tensor]:
-    """Compute what comes out before each boundary, in one pass where the backbone allows it.
+    """Compute the activations at each boundary, in one pass where the backbone allows it.
 
     Args:
         backbone: The network, in eval mode.
         images: (N, 3, H, W).
-        boundaries: Stages, ``"head"`` for the pooled features, ``"map"`` for the spatial map.
+        boundaries: Names of stages, for the input of that stage; ``"head"`` for the pooled features, ``"map"`` for the
+            spatial map.
 
     Returns:
-        (N, ...) by boundary.
+        Activations (N, ...) by boundary.
 
     Raises:
-        ValueError: There is no such stage.
+        ValueError: The backbone has no such stage.
     """
     inside = [boundary for boundary in boundaries if boundary not in (HEAD, MAP)]
     found = {MAP: backbone.forward_map(images)} if MAP in boundaries else {}
