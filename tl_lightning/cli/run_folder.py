@@ -3,7 +3,7 @@
 import re
 from contextlib import suppress
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from lightning.pytorch.utilities import rank_zero_only
 
@@ -63,11 +63,14 @@ def find_checkpoint(root: Path, name: Literal["best", "last"]) -> Path:
     return max(found, key=lambda file: int(file.parts[-3][8:]))
 
 
-def newest_checkpoint(root: Path) -> Path:
-    """Return the checkpoint that a run goes on from: what the newest run that has one wrote last, and whole.
+def newest_checkpoint(root: Path) -> tuple[Path, dict[str, Any]]:
+    """Find the checkpoint from which the newest run resumes: the last one written that is not damaged.
+
+    Returns:
+        The path, and the content with its tensors mapped, so that the file need not be opened again.
 
     Raises:
-        FileNotFoundError: No run has one, or that run has none that is whole.
+        FileNotFoundError: No run has a checkpoint to resume from, or all checkpoints of the newest run are damaged.
     """
     runs = [run for run in root.glob("version_*") if run.name[8:].isdigit()]
     for run in sorted(runs, key=lambda run: int(run.name[8:]), reverse=True):
@@ -75,8 +78,9 @@ def newest_checkpoint(root: Path) -> Path:
         damaged = None
         for file in sorted(files, key=lambda file: file.stat().st_mtime_ns, reverse=True):
             try:
-                if checkpoint.read(file).get("optimizer_states"):
-                    return file
+                content = checkpoint.read(file, mmap=True)
+                if content.get("optimizer_states"):
+                    return file, content
             except ValueError as error:  # cut short, when the run was killed
                 damaged = error
         if damaged is not None:
