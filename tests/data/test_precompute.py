@@ -1,4 +1,4 @@
-"""Features on the command line: computed by themselves, or by extract, once."""
+"""On the command line, features are computed once: by extract, or by the first run that needs them."""
 
 from pathlib import Path
 
@@ -41,15 +41,15 @@ def test_extract_leaves_a_fit_nothing_to_compute(
 ) -> None:
     main(["extract", *cached(photos, tmp_path, *STAGED)])
     text = said(capsys)
-    for what in (
+    for boundary in (
         "pooled features, 24 float32",
         "activations before layer3, 16 x 2 x 2",
         "activations before layer2, 12 x 4 x 4",
     ):
-        assert f"features: storing {what}" in text
+        assert f"features: caching {boundary}" in text
     assert text.count("features: 41 images in") == 1  # one pass for all boundaries
     assert (
-        "stored pooled features, activations before layer3 from epoch 1 on, activations before layer2 from epoch 2 on"
+        "cached pooled features, activations before layer3 from epoch 1 on, activations before layer2 from epoch 2 on"
         in text
     )
     assert not (tmp_path / "runs").exists()
@@ -62,15 +62,15 @@ def test_extract_leaves_a_fit_nothing_to_compute(
     text = said(capsys)
     assert "images in" not in text
     assert "images 33 train, 4 val, 4 test" in text
-    assert "features stored pooled features, activations before layer3 from epoch 1 on" in text
+    assert "features cached pooled features, activations before layer3 from epoch 1 on" in text
     assert "training images not augmented" in text
-    assert "images 4 of 41, drawn from the seed" in text
+    assert "images 4 of 41, drawn by the seed" in text
 
     run = tmp_path / "runs" / "version_0"
     main(["extract", f"--config={run / 'config.yaml'}"])  # the configuration of a run is one of an extraction
     assert "images in" not in said(capsys)
     main(["test", f"--config={run / 'config.yaml'}", f"--ckpt_path={run / 'checkpoints' / 'best.ckpt'}"])
-    assert "images 4 of 41, drawn from the seed" in said(capsys)
+    assert "images 4 of 41, drawn by the seed" in said(capsys)
     main(
         ["predict", f"--ckpt_path={run / 'checkpoints' / 'best.ckpt'}", f"--data.root={photos}", "--data.num_workers=0"]
     )
@@ -85,7 +85,9 @@ def test_views_are_in_the_plan(photos: Path, tmp_path: Path, capsys: pytest.Capt
     assert "2 augmented views of each training image" in text
 
 
-def test_solved_head_by_the_command_line(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_closed_form_head_is_solved_by_the_command_line(
+    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     main(["fit", *cached(photos, tmp_path, "--model=FeatureCacheClassifier")])
     text = said(capsys)
     assert "solved by LogisticRegressionHead, on all features at once" in text
@@ -95,13 +97,17 @@ def test_solved_head_by_the_command_line(photos: Path, tmp_path: Path, capsys: p
     assert type(TransferClassifier.load_from_checkpoint(best)).__name__ == "FeatureCacheClassifier"
 
 
-def test_images_are_to_be_put_into_a_cache(photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_extract_from_a_data_module_without_a_cache_is_refused(
+    photos: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(TypeError, match=r"--data CachedFeaturesDataModule --data\.images ImageFolderDataModule"):
         main(["extract", *TINY, "--data=ImageFolderDataModule", f"--data.root={photos}"])
 
 
 @pytest.mark.parametrize("command", ["extract", "sweep"])
-def test_folder_is_that_of_the_images(command: str, photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_data_root_is_answered_with_data_images_root(
+    command: str, photos: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit):
         main([command, *TINY, f"--data.root={photos}"])
     assert "The images in it have 'root': --data.images.root" in capsys.readouterr().err
@@ -112,7 +118,7 @@ def extract_on_ranks(world: int, photos: str, folder: str) -> int:
     return sum(1 for _ in Path(folder, "cache").glob("*/manifest.json"))
 
 
-def test_extract_on_two_ranks(photos: Path, tmp_path: Path) -> None:
+def test_two_ranks_extract_into_one_store(photos: Path, tmp_path: Path) -> None:
     assert run_on_ranks(__name__, "extract_on_ranks", tmp_path / "out", photos=str(photos), folder=str(tmp_path)) == [
         1,
         1,
@@ -120,10 +126,10 @@ def test_extract_on_two_ranks(photos: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("command", [["extract"], ["fit", "--test_after_fit=true"]])
-def test_damage_is_noticed_before_anything_is_trained(
+def test_a_damaged_shard_is_named_before_anything_is_trained(
     command: list[str], photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Wherever it lies: that of a test image would otherwise be noticed after hours."""
+    """Even one of test images, which a run reads only after hours of training."""
     monkeypatch.setattr("tl_lightning.features.store.BLOCK", 1)
     main(["extract", *cached(photos, tmp_path)])
     tested = ImageFolderDataModule(str(photos)).splits["test"].files[0]
@@ -131,7 +137,7 @@ def test_damage_is_noticed_before_anything_is_trained(
     (shard,) = (tmp_path / "cache").glob(f"*/{Block(((key, tested),)).file}")
     sound = shard.read_bytes()
     shard.write_bytes(sound[:-1] + bytes([sound[-1] ^ 1]))
-    with pytest.raises(DamagedStoreError, match=shard.name + ".*and its 1 row alone"):
+    with pytest.raises(DamagedStoreError, match=shard.name + ".*only its 1 row will be computed again"):
         main([command[0], *cached(photos, tmp_path, "--trainer.max_epochs=1", *command[1:])])
     assert not list(tmp_path.glob("runs/*/checkpoints/*"))
     shard.unlink()
@@ -140,8 +146,8 @@ def test_damage_is_noticed_before_anything_is_trained(
 
 
 @pytest.mark.parametrize("below", ["", "/deeper"])
-def test_a_cache_folder_that_is_none_is_named(below: str, photos: Path, tmp_path: Path) -> None:
+def test_a_cache_dir_that_is_a_file_is_named(below: str, photos: Path, tmp_path: Path) -> None:
     file = tmp_path / "file"
     file.write_text("no folder")
-    with pytest.raises(OSError, match=r"features cannot be stored in .*file.*give another cache_dir"):
+    with pytest.raises(OSError, match=r"features cannot be cached in .*file.*give another cache_dir"):
         main(["extract", *cached(photos, tmp_path, f"--data.cache_dir={file}{below}")])

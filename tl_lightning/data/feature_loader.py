@@ -33,8 +33,8 @@ class FeatureLoader(EpochLoader):
         batches = list(self.sampler.batches())
         if not batches:
             return
-        # Indices and targets go to the device once an epoch: copied batch by batch, they would stall a GPU, which trains
-        # a head on a batch in less time than three copies take.
+        # Indices and targets go to the device once an epoch: copied batch by batch, they would stall a GPU, which
+        # trains a head on a batch in less time than three copies take.
         order = torch.cat([index for index, _ in batches])
         padding = torch.cat([padding for _, padding in batches])
         sizes = [len(index) for index, _ in batches]

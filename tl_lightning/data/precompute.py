@@ -8,29 +8,31 @@ from tl_lightning.data import CachedFeaturesDataModule
 
 
 def cached(data: LightningDataModule, why: str) -> CachedFeaturesDataModule:
-    """Return a data module that serves what is stored.
+    """Return a data module if it serves cached features.
+
+    Args:
+        data: The data module.
+        why: The first words of the error: why cached features are needed.
 
     Raises:
-        TypeError: It serves something else.
+        TypeError: The data module serves no cached features.
     """
     if isinstance(data, CachedFeaturesDataModule):
         return data
     name = type(data).__name__
-    raise TypeError(
-        f"{why}, and data is {name}: put it into one, as --data CachedFeaturesDataModule --data.images {name}"
-    )
+    raise TypeError(f"{why}, and data is {name}: wrap it, by --data CachedFeaturesDataModule --data.images {name}")
 
 
 def compute(
     trainer: Trainer, model: LightningModule, data: CachedFeaturesDataModule, boundaries: Collection[str] | None = None
 ) -> None:
-    """Compute and store features, on all ranks.
+    """Compute and cache features, on all ranks.
 
     Args:
-        trainer: Its strategy says on which.
-        model: The classifier whose network it is.
-        data: The images, and where features are stored.
-        boundaries: Where in the network; None takes what a fit of the model would run from.
+        trainer: The trainer, whose strategy starts the ranks.
+        model: The classifier, with the network.
+        data: The images and their cache.
+        boundaries: The boundaries whose activations are cached; None takes those that a fit of the model would serve.
     """
     batches, trainer.limit_val_batches = trainer.limit_val_batches, 0
     try:
@@ -40,7 +42,7 @@ def compute(
 
 
 class _Extraction(LightningDataModule):
-    """Compute features where Lightning sets data up: on all ranks, once these know each other."""
+    """Compute features in the ``setup`` hook, which Lightning calls on all ranks once they are connected."""
 
     def __init__(self, data: CachedFeaturesDataModule, boundaries: Collection[str] | None) -> None:
         super().__init__()
@@ -58,5 +60,5 @@ class _Extraction(LightningDataModule):
         self.data.complete(self.boundaries or self.data.boundaries(fitting=True).values())
 
     def val_dataloader(self) -> list[object]:
-        """Return nothing to validate on."""
+        """Return no batches."""
         return []
