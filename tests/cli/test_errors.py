@@ -344,7 +344,7 @@ def test_complete_run_says_how_it_would_go_on(
     fit(photos, tmp_path, *options, f"--ckpt_path={tmp_path / 'version_0' / 'checkpoints' / 'last.ckpt'}")
     printed = capsys.readouterr().out
     assert "the run is complete" in printed
-    assert f"go on with    the same command and --trainer.{limit} N, above {reached}\n" in printed
+    assert f"resume with   the same command and --trainer.{limit} N, above {reached}\n" in printed
 
 
 # Data -----------------------------------------------------------------------------------------------------------------

@@ -106,7 +106,7 @@ def test_plan_of_a_staged_run_shows_each_stage(
     main(["fit", f"--config={tmp_path / 'staged.yaml'}"])
     printed = " ".join(capsys.readouterr().out.split())
     for part in (
-        "frozen stem to layer2: 2,916 parameters, in eval mode; layer2 may train, and never does in this run",
+        "frozen stem to layer2: 2,916 parameters, in eval mode; layer2 may train, but never does in this run",
         "from epoch 0 head: 75 parameters",
         "from epoch 1 head: 75 parameters; layer3: 3,528",
         "from epoch 5 head: 75 parameters; layer2 to layer3: 5,304 (never: the run is shorter)",
@@ -121,7 +121,7 @@ def test_plan_of_a_staged_run_shows_each_stage(
     main(["fit", f"--config={tmp_path / 'short.yaml'}"])
     printed = " ".join(capsys.readouterr().out.split())
     assert (
-        "frozen stem to layer3: 6,444 parameters, in eval mode; layer2 to layer3 may train, and never do in this run"
+        "frozen stem to layer3: 6,444 parameters, in eval mode; layer2 to layer3 may train, but never do in this run"
         in printed
     )
 
@@ -171,7 +171,7 @@ def test_checkpoints_of_ones_own_come_on_top(photos: Path, tmp_path: Path, capsy
 def test_checkpoints_do_not_share_a_name(name: str, photos: Path, tmp_path: Path) -> None:
     own = ["--trainer.callbacks=ModelCheckpoint", f"--trainer.callbacks.filename={name}"]
     with pytest.raises(
-        ValueError, match=f"is to write {name}.ckpt, which the run writes itself: give it another filename"
+        ValueError, match=f"writes {name}.ckpt, which the run writes too: give it another filename"
     ):
         fit(photos, tmp_path, *own)
     with pytest.raises(ValueError, match="another filename"):
@@ -233,17 +233,15 @@ def test_last_is_what_was_written_last_and_whole(
 
 
 @pytest.mark.filterwarnings("ignore:the learning rates followed a schedule of 3 steps before:UserWarning")
-def test_run_that_goes_on_in_another_folder_takes_its_best_along(photos: Path, tmp_path: Path) -> None:
+def test_run_resumed_in_another_folder_chooses_its_best_epoch_anew(photos: Path, tmp_path: Path) -> None:
     folder = fit(photos, tmp_path / "runs", "--trainer.max_epochs=3")
-    (tmp_path / "other").mkdir()
-    for lost in (False, True):
-        copied = tmp_path / "other" / f"{lost}.ckpt"
-        shutil.copyfile(folder / "checkpoints" / "last.ckpt", copied)
-        if lost:
-            (folder / "checkpoints" / "best.ckpt").unlink()
-        more = ["--trainer.max_epochs=4", "--test_after_fit=true", f"--ckpt_path={copied}"]
-        again = fit(photos, tmp_path / f"{lost}", *more)
-        assert (again / "checkpoints" / "best.ckpt").is_file()
+    copied = tmp_path / "other" / "last.ckpt"
+    copied.parent.mkdir()
+    shutil.copyfile(folder / "checkpoints" / "last.ckpt", copied)
+    more = ["--trainer.max_epochs=4", "--test_after_fit=true", f"--ckpt_path={copied}"]
+    with pytest.warns(UserWarning, match=f"resumed run, '{folder}/checkpoints/best.ckpt', is not in the folder of this"):
+        again = fit(photos, tmp_path / "again", *more)
+    assert torch.load(again / "checkpoints" / "best.ckpt", weights_only=True)["epoch"] == 3
 
 
 def test_fewer_epochs_than_are_done_are_refused(photos: Path, tmp_path: Path) -> None:
@@ -281,7 +279,7 @@ def test_probe_that_is_handed_back_is_what_counts(
     model = ["--model=PartialFineTuning", "--model.unfreeze_from=layer1", "--model.backbone_lr=50.0"]
     schedule = ["--trainer.callbacks=StagedUnfreezing", "--trainer.callbacks.schedule={6: layer1}"]
     more = ["--trainer.max_epochs=8", "--test_after_fit=true", "--trainer.callbacks+=ProbeFallback"]
-    with pytest.warns(UserWarning, match="handed back"):
+    with pytest.warns(UserWarning, match="reverted to the probe"):
         folder = fit(photos, tmp_path, *model, *schedule, *more)
     printed = " ".join(capsys.readouterr().out.split())
     assert (folder / "checkpoints" / "best.ckpt").is_file()
@@ -391,7 +389,7 @@ def test_callback_without_options_may_stand_alone(photos: Path, tmp_path: Path) 
 def test_run_that_stopped_early_says_so(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     stops = ["EarlyStopping", "--trainer.callbacks.monitor=val_loss", "--trainer.callbacks.stopping_threshold=100"]
     fit(photos, tmp_path, "--trainer.max_epochs=3", "--trainer.callbacks", *stops)
-    assert "stopped early  in epoch 0, counted from 0, as val_loss says" in capsys.readouterr().out
+    assert "stopped early  in epoch 0, counted from 0, by early stopping on val_loss" in capsys.readouterr().out
 
 
 def test_second_callback_joins_the_first(photos: Path, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from lightning.pytorch import LightningDataModule
 from lightning.pytorch.cli import LightningArgumentParser
 
 from tl_lightning.backbones import Backbone
+from tl_lightning.cli.shipped_configs import resolve_config
 from tl_lightning.modules import TransferClassifier
 from tl_lightning.transforms import Preprocessing
 
@@ -145,6 +146,9 @@ def name_classes(args: list[str]) -> list[str]:
     """Put configuration files first, which arguments then override, and default classes before arguments that name none.
 
     As defaults of the parser they would leave their own arguments behind in whatever class the user names.
+
+    Raises:
+        ValueError: A configuration is named that is neither a file nor shipped with the package.
     """
     if not args or args[0].startswith("-"):
         return args
@@ -157,7 +161,7 @@ def name_classes(args: list[str]) -> list[str]:
         if match is None:
             others.append(arg)
         elif match[2] or rest:
-            files.append(match[3] if match[2] else rest.pop(0))
+            files.append(resolve_config(match[3] if match[2] else rest.pop(0)))
         else:
             others.append(arg)  # the parser will say what is missing
     others = _append_callbacks(others)

@@ -103,7 +103,14 @@ class TransferCLI(LightningCLI):
             args = sys.argv[1:]
         subcommand = next((arg for arg in args if arg in DESCRIPTIONS), "") if isinstance(args, list) else ""
         Parser.command = f"tl-lightning {subcommand}".strip()
-        self.config = parser.parse_args(name_classes(args)) if isinstance(args, list) else parser.parse_object(args)
+        if not isinstance(args, list):
+            self.config = parser.parse_object(args)
+            return
+        try:
+            args = name_classes(args)
+        except ValueError as error:
+            parser.error(str(error))
+        self.config = parser.parse_args(args)
 
     # Building -------------------------------------------------------------------------------------------------------
 
@@ -119,14 +126,16 @@ class TransferCLI(LightningCLI):
         path = self._get(self.config, "ckpt_path")
         if path is None and self.subcommand not in BUILDING:
             self._parser(self.subcommand).error("a trained model is needed: add --ckpt_path FILE")
-        if path in ("best", "last"):
-            root = Path(config.default_root_dir)
-            resumed = path == "last" and self.subcommand == "fit"
-            path = str(newest_checkpoint(root) if resumed else find_checkpoint(root, path))
-            self.config[str(self.subcommand)]["ckpt_path"] = path
+        root = Path(config.default_root_dir)
+        if path == "last" and self.subcommand == "fit":
+            path, self._resumed = newest_checkpoint(root)
+        elif path in ("best", "last"):
+            path = find_checkpoint(root, path)
         if path is not None:
+            self.config[str(self.subcommand)]["ckpt_path"] = str(path)
             check_there(path)
-            self._resumed = checkpoint.read(path)
+        if path is not None and self._resumed is None:
+            self._resumed = checkpoint.read(path, mmap=True)
         for class_path in class_paths([self._get(self.config, "model"), self._get(self.config, "backbone")]):
             if "." in class_path:  # the user's own configuration may name any class
                 import_module_of(class_path)
@@ -156,7 +165,7 @@ class TransferCLI(LightningCLI):
                 images.preprocessing = self.model.backbone.preprocessing
                 if self.model.class_names is not None:
                     images.class_names = self.model.class_names
-        self._resumed = None  # Lightning reads it again
+        self._resumed = None  # unmaps the file, which Lightning reads next and may replace in place later
         self.trainer = self.instantiate_trainer()
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
