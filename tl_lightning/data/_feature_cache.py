@@ -29,7 +29,7 @@ from tl_lightning.features import (
 )
 from tl_lightning.images import ImageError, read_content, read_image
 from tl_lightning.transforms import Preprocessing, normalize_transform, resize_crop_transform
-from tl_lightning.utils.distributed import all_gather_object, rank_and_world_size, synchronize_errors
+from tl_lightning.utils.distributed import all_gather_object, raise_on_all_ranks, rank_and_world_size
 from tl_lightning.utils.seeding import seeded
 
 _CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
@@ -100,7 +100,7 @@ class FeatureCache:
                     ) from error
                 raise
             rank, world = rank_and_world_size()
-            with synchronize_errors():
+            with raise_on_all_ranks():
                 for store in stores:
                     store.check(list(names), share=slice(rank, None, world))
 
@@ -129,7 +129,7 @@ class FeatureCache:
         if not self._content_keys:
             files = sorted(file for samples in self.images.splits.values() for file in samples.files)
             rank, world = rank_and_world_size()
-            with synchronize_errors():
+            with raise_on_all_ranks():
                 found = content_keys([self.images.root / file for file in files[rank::world]])
             for first, share in enumerate(all_gather_object(found)):
                 self._content_keys |= dict(zip(files[first::world], share, strict=True))

@@ -19,9 +19,9 @@ from tl_lightning.freezing import eval_mode, frozen_forward
 from tl_lightning.utils.distributed import (
     all_gather_object,
     broadcast_object,
-    locked,
+    hold_file_locks,
+    raise_on_all_ranks,
     rank_and_world_size,
-    synchronize_errors,
 )
 from tl_lightning.utils.memory import keep_freed_memory
 
@@ -99,14 +99,14 @@ def extract(
     if reference.device.type == "cpu":
         keep_freed_memory()
     error = 0.0
-    with locked([store.lock for store in stores], f"computing features in {stores[0].folder}"):
-        with synchronize_errors():
+    with hold_file_locks([store.lock for store in stores], f"computing features in {stores[0].folder}"):
+        with raise_on_all_ranks():
             for store in stores:
                 store.reload()
             layouts = _layouts(backbone, stores)
         plans, missing = broadcast_object(_plan(stores, names))
         blocks = list(dict.fromkeys(block for gaps in missing for block in gaps))
-        with synchronize_errors():
+        with raise_on_all_ranks():
             for store, gaps in zip(stores, missing, strict=True):
                 layout = layouts[store.cache_key.boundary]
                 rows = sum(len(block.names) for block in gaps)
@@ -118,11 +118,11 @@ def extract(
                     )
                     log(describe_plan(store, layout, rows, names, warning))
             error = _compute(backbone, stores, missing, blocks[rank::world], layouts, load, log is not None)
-        with synchronize_errors():
+        with raise_on_all_ranks():
             for store, plan, gaps in zip(stores, plans, missing, strict=True):
                 if rank == 0:
                     store.finish(plan, gaps, layouts[store.cache_key.boundary])
-        with synchronize_errors():
+        with raise_on_all_ranks():
             for store in stores:
                 store.reload()
             if not all(store.has_all(names) for store in stores):

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from rich.console import Console
 from rich.text import Text
 
-from tl_lightning.utils.distributed import is_first_process
+from tl_lightning.utils.distributed import is_rank_zero
 from tl_lightning.utils.paths import short_path
 
 
@@ -17,7 +17,7 @@ def print_table(title: str, rows: Mapping[str, str]) -> None:
     A value with a path in it stays on one line, however long, so that it can be copied; a path in the current folder is
     shown from there.
     """
-    if not is_first_process():
+    if not is_rank_zero():
         return
     console = Console()
     margin = 2 + max(map(len, rows), default=0) + 2

@@ -1,4 +1,4 @@
-"""What the ranks of a run do together; on one process, nothing."""
+"""Communicate between the ranks of a run; on one process, all of this does nothing."""
 
 import os
 from collections.abc import Iterator, Sequence
@@ -11,18 +11,18 @@ from filelock import FileLock, Timeout
 _T = TypeVar("_T")
 
 _RANK_VARIABLES = ("RANK", "LOCAL_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK")  # in Lightning's order
-_PATIENCE_S = 20.0  # far less than the time after which a collective operation is given up
+_LOCK_TIMEOUT_S = 20.0  # far below the timeout of a collective operation, in which the other ranks wait
 
 
 def rank_and_world_size() -> tuple[int, int]:
-    """Return this process's rank, and the number of processes."""
+    """Return the rank of this process, and the number of processes."""
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank(), dist.get_world_size()
     return 0, 1
 
 
-def is_first_process() -> bool:
-    """Return whether this is the process of rank 0, also before the processes are connected."""
+def is_rank_zero() -> bool:
+    """Return whether this process has rank 0, also before the processes are connected."""
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank() == 0
     ranks = (os.environ.get(name) for name in _RANK_VARIABLES)
@@ -30,7 +30,7 @@ def is_first_process() -> bool:
 
 
 def broadcast_object(value: _T) -> _T:
-    """Return what the first rank has."""
+    """Return the value that rank 0 passes."""
     if rank_and_world_size()[1] == 1:
         return value
     box = [value]
@@ -39,18 +39,18 @@ def broadcast_object(value: _T) -> _T:
 
 
 def all_gather_object(value: _T) -> list[_T]:
-    """Return what each rank has."""
-    world = rank_and_world_size()[1]
-    if world == 1:
+    """Return the values that all ranks pass, by rank."""
+    world_size = rank_and_world_size()[1]
+    if world_size == 1:
         return [value]
-    found: list[_T] = [value] * world
-    dist.all_gather_object(found, value)
-    return found
+    gathered: list[_T] = [value] * world_size
+    dist.all_gather_object(gathered, value)
+    return gathered
 
 
 @contextmanager
-def synchronize_errors() -> Iterator[None]:
-    """Wait for all ranks at the end of the block, and raise on each of them if one has failed, so that none waits for ever.
+def raise_on_all_ranks() -> Iterator[None]:
+    """Wait for all ranks at the end of the block, and raise on each of them if one failed, so that none waits for ever.
 
     Raises:
         Exception: The error of this rank.
@@ -59,7 +59,7 @@ def synchronize_errors() -> Iterator[None]:
     error: Exception | None = None
     try:
         yield
-    except Exception as raised:  # noqa: BLE001 - the other ranks are to hear of it, whatever it is
+    except Exception as raised:  # noqa: BLE001 - the other ranks have to know of any error
         error = raised
     messages = all_gather_object(None if error is None else f"{type(error).__name__}: {error}")
     if error is not None:
@@ -70,31 +70,32 @@ def synchronize_errors() -> Iterator[None]:
 
 
 @contextmanager
-def locked(locks: Sequence[FileLock], what: str) -> Iterator[None]:
-    """Hold locks, for all ranks; where another run holds one, say so and wait.
+def hold_file_locks(locks: Sequence[FileLock], activity: str) -> Iterator[None]:
+    """Hold file locks on rank 0 while all ranks run the block; if another run holds one, print that, and wait.
 
     Args:
-        locks: In an order that all runs agree on.
-        what: What the other run is doing.
+        locks: The locks, in an order that all runs share, so that two runs cannot wait for each other.
+        activity: What a run does while it holds the locks, for the message.
     """
     with ExitStack() as held:
         for lock in locks:
-            got = told = False
-            while not got:
-                with synchronize_errors():
-                    got = _try(lock, held, told)
-                got = broadcast_object(got)
-                if not (got or told) and rank_and_world_size()[0] == 0:
-                    print(f"another run is {what}; waiting for it", flush=True)
-                told = True
+            acquired = announced = False
+            while not acquired:
+                with raise_on_all_ranks():
+                    acquired = _try_acquire(lock, held, _LOCK_TIMEOUT_S if announced else 1.0)
+                acquired = broadcast_object(acquired)
+                if not (acquired or announced) and rank_and_world_size()[0] == 0:
+                    print(f"another run is {activity}; waiting for it", flush=True)
+                announced = True
         yield
 
 
-def _try(lock: FileLock, held: ExitStack, told: bool) -> bool:
+def _try_acquire(lock: FileLock, held: ExitStack, timeout_s: float) -> bool:
+    """Acquire a lock on rank 0, and leave its release to the exit stack; return False on timeout and on other ranks."""
     if rank_and_world_size()[0] != 0:
-        return False  # the first rank's answer counts
+        return False
     try:
-        lock.acquire(timeout=_PATIENCE_S if told else 1.0)
+        lock.acquire(timeout=timeout_s)
     except Timeout:
         return False
     held.callback(lock.release)
