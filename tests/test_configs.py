@@ -1,5 +1,7 @@
-"""Every configuration runs as it is, on small stand-ins for the data and weights that a test cannot have."""
+"""Every configuration runs, and every documented option is one."""
 
+import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -8,26 +10,29 @@ import torch
 from tests.doubles import image_folder
 from tl_lightning.cli import main
 
-CONFIGS = sorted(Path(__file__).parents[1].joinpath("configs").glob("*.yaml"))
+FOLDER = Path(__file__).parents[1] / "configs"
+CONFIGS = sorted(FOLDER.glob("*.yaml"))
+GUIDE = FOLDER.joinpath("README.md").read_text(encoding="utf-8")
+
+
+def random_weights(url: str, **kwargs: object) -> dict[str, torch.Tensor]:
+    """Return random weights of the shapes that lie at a URL of torchvision, in place of a download."""
+    import torchvision
+
+    name = Path(url).name.partition("-")[0].removesuffix("_google")
+    options = {"init_weights": False} if name == "inception_v3" else {}  # its initialisation takes a minute
+    state: dict[str, torch.Tensor] = torchvision.models.get_model(name, weights=None, **options).state_dict()
+    return state
 
 
 @pytest.fixture(autouse=True)
 def _no_download(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Published weights stand in a hub; random ones of the same shapes do here."""
-    import torchvision
-
-    def make_up(url: str, **kwargs: object) -> dict[str, torch.Tensor]:
-        name = Path(url).name.partition("-")[0].removesuffix("_google")
-        options = {"init_weights": False} if name == "inception_v3" else {}  # its initialisation takes a minute
-        state: dict[str, torch.Tensor] = torchvision.models.get_model(name, weights=None, **options).state_dict()
-        return state
-
-    monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", make_up)
+    monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", random_weights)
 
 
 @pytest.fixture(autouse=True)
 def _few_cells(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Thirty images of noise stand in for the 2,624 solar cells, whose features take a minute."""
+    """Replace the 2,624 solar cells, whose features take a minute, by thirty images of noise."""
 
     def lay_out(root: Path, classes: int) -> None:
         image_folder(root, {"defective": 15, "functional": 15})
@@ -36,7 +41,7 @@ def _few_cells(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=[path.stem for path in CONFIGS])
-def test_configuration_runs(config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_configuration_trains_and_predicts(config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     image_folder(tmp_path / "photos", {"ant": 8, "bee": 8})
@@ -51,3 +56,37 @@ def test_configuration_runs(config: Path, tmp_path: Path, monkeypatch: pytest.Mo
     main(["predict", f"--ckpt_path={best}", "--data.root=new", "--trainer.default_root_dir=predicted"])
     (table,) = tmp_path.joinpath("predicted").rglob("predictions.csv")
     assert len(table.read_text().splitlines()) == 4
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=[path.stem for path in CONFIGS])
+def test_configuration_says_how_to_run_it(config: Path) -> None:
+    header = [line for line in config.read_text().splitlines() if line.startswith("#")]
+    assert header[0].endswith("."), "a sentence"
+    assert header[-1].startswith(f"#   tl-lightning fit --config {config.stem}"), "a command"
+    assert f"| [{config.name}]({config.name}) |" in GUIDE
+
+
+def option_groups() -> dict[str, tuple[list[str], list[list[str]]]]:
+    """Return each group of the guide: the command that it extends, and the options of each row."""
+    groups = {}
+    for title, text in re.findall(r"^### (.+?)\n(.*?)(?=^##|\Z)", GUIDE, re.DOTALL | re.MULTILINE):
+        command = re.search(r"```bash\ntl-lightning (.*)\n```", text)
+        assert command is not None, title
+        groups[title] = (
+            shlex.split(command[1]),
+            [shlex.split(row) for row in re.findall(r"^\| `(--.*?)` \|", text, re.MULTILINE)],
+        )
+    return groups
+
+
+@pytest.mark.parametrize("title", option_groups())
+def test_documented_options_are_accepted(
+    title: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command, rows = option_groups()[title]
+    monkeypatch.chdir(tmp_path)
+    assert rows
+    for options in rows:
+        with pytest.raises(SystemExit) as ended:
+            main([*command, *options, "--print_config"])
+        assert ended.value.code == 0, (options, capsys.readouterr().err)
