@@ -1,4 +1,4 @@
-"""What the feature cache is worth: ratios, measured side by side in one run, on an idle machine.
+"""Measure how much time the feature cache saves, as ratios within one run. Run it on an idle machine.
 
 python -m tests.benchmarks.speed
 """
@@ -16,18 +16,15 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from sklearn.linear_model import LogisticRegression
-from threadpoolctl import threadpool_limits
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torchmetrics.classification import MulticlassAccuracy
 
-from tests.benchmarks.plain import BATCH, CUTS
+from tests.benchmarks.plain import BATCH, BOUNDARIES
 from tl_lightning.backbones import EfficientNetLite
 from tl_lightning.data import CachedFeaturesDataModule, SolarCellsDataModule
 from tl_lightning.data.sampler import DistributedBatchSampler
-from tl_lightning.heads import LinearHead, Standardize
-from tl_lightning.heads.logistic import solve
+from tl_lightning.heads import LinearHead
 from tl_lightning.modules import LinearProbe, PartialFineTuning, TransferClassifier
 from tl_lightning.sweep.training import HeadOptions, Training, train_alone, train_together
 
@@ -35,7 +32,7 @@ EPOCHS = 30
 
 
 class Timer(pl.Callback):
-    """Seconds of each epoch and of each step."""
+    """Record the seconds of each epoch and of each step."""
 
     def __init__(self) -> None:
         self.epochs: list[float] = []
@@ -54,7 +51,7 @@ class Timer(pl.Callback):
 
 
 def fit(
-    model: TransferClassifier, data: CachedFeaturesDataModule, epochs: int, *also: pl.Callback, **options: Any
+    model: TransferClassifier, data: CachedFeaturesDataModule, epochs: int, *callbacks: pl.Callback, **options: Any
 ) -> Timer:
     timer = Timer()
     quiet: dict[str, Any] = {
@@ -64,12 +61,15 @@ def fit(
         "enable_checkpointing": False,
         "num_sanity_val_steps": 0,
     }
-    pl.Trainer(max_epochs=epochs, callbacks=[timer, *also], **quiet, **options).fit(model, data)
+    pl.Trainer(max_epochs=epochs, callbacks=[timer, *callbacks], **quiet, **options).fit(model, data)
     return timer
 
 
 class BareLoop(pl.Callback):
-    """Seconds of each epoch of a loop over tensors, with the loss and accuracy of the epoch: one after each epoch of a fit."""
+    """Run an epoch of a bare loop over tensors after each epoch of a fit, and record its seconds.
+
+    The loop computes the loss and the accuracy of the epoch too.
+    """
 
     def __init__(self, features: Tensor, target: Tensor) -> None:
         self.features, self.target = features, target
@@ -82,41 +82,20 @@ class BareLoop(pl.Callback):
         begin = time.perf_counter()
         total = torch.zeros(())
         for index in torch.randperm(len(self.features)).split(BATCH):  # type: ignore[no-untyped-call]  # torch gives it no types
-            scores = self.head(self.features[index])
-            loss = cross_entropy(scores, self.target[index])
+            logits = self.head(self.features[index])
+            loss = cross_entropy(logits, self.target[index])
             self.optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]  # torch gives it no types
             self.optimizer.step()
             total += loss.detach() * len(index)
-            self.accuracy.update(scores.detach(), self.target[index])
+            self.accuracy.update(logits.detach(), self.target[index])
         float(total), float(self.accuracy.compute())
         self.accuracy.reset()
         self.epochs.append(time.perf_counter() - begin)
 
 
-def solvers(features: Tensor, target: Tensor) -> tuple[float, float]:
-    """Seconds of scikit-learn's logistic regression, and of ours, the least of five each, on one thread."""
-    standardize = Standardize(features.shape[1])
-    standardize.fit(features)
-    standard = standardize.eval()(features)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    theirs, ours = [], []
-    for _ in range(5):
-        begin = time.perf_counter()
-        with threadpool_limits(1):
-            LogisticRegression(C=1.0, tol=1e-5, max_iter=5000).fit(standard.numpy(), target.numpy())
-        theirs.append(time.perf_counter() - begin)
-        begin = time.perf_counter()
-        with threadpool_limits(1):
-            solve(standard, target, 2, torch.tensor([1.0]), tolerance=1e-5, max_steps=5000)
-        ours.append(time.perf_counter() - begin)
-    torch.set_num_threads(threads)
-    return min(theirs), min(ours)
-
-
 def fifty_heads(features: Tensor, target: Tensor) -> tuple[float, float]:
-    """Seconds of fifty linear heads trained one by one, extrapolated from five, and of the fifty trained together."""
+    """Return the seconds to train fifty linear heads one by one, extrapolated from five, and all fifty together."""
     order = DistributedBatchSampler(len(target), BATCH, shuffle=True)
     training = Training(features, target, lambda _: (index for index, _ in order.batches()), 3, cross_entropy)
     rates = [
@@ -124,7 +103,7 @@ def fifty_heads(features: Tensor, target: Tensor) -> tuple[float, float]:
     ]
     heads = [LinearHead(features.shape[1], 2, standardize=True) for _ in rates]
     times = []
-    for _ in range(2):  # what runs first also warms up
+    for _ in range(2):  # the first pass is a warm-up
         begin = time.perf_counter()
         for head, rate in zip(heads[::10], rates[::10], strict=True):
             train_alone(head, rate, training)
@@ -135,15 +114,15 @@ def fifty_heads(features: Tensor, target: Tensor) -> tuple[float, float]:
 
 
 def plain_loops(images: SolarCellsDataModule, count: int) -> dict[str, float]:
-    """What the plain loops took, in a process of their own."""
+    """Return the seconds of the plain loops, which run in a process of their own."""
     command = [sys.executable, "-m", "tests.benchmarks.plain", str(images.root), str(count)]
-    found: dict[str, float] = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)  # noqa: S603
-    return found
+    seconds: dict[str, float] = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)  # noqa: S603
+    return seconds
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--plain-images", type=int, default=512, help="images of the plain loops")
+    parser.add_argument("--plain-images", type=int, default=512, help="number of images for the plain loops")
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
@@ -167,11 +146,10 @@ def main() -> None:
         alone = fit(LinearProbe(backbone, 2), data, 2 * EPOCHS, bare, limit_val_batches=0)
 
         steps = {}
-        for cut in CUTS:
-            tuned = PartialFineTuning(EfficientNetLite(), 2, unfreeze_from=cut, lr=1e-4)
-            steps[cut] = median(fit(tuned, data, 1, limit_train_batches=24, limit_val_batches=0).steps[2:])
-        plain.append(plain_loops(images, arguments.plain_images))  # again, since a machine's speed drifts
-        sklearn, ours = solvers(features, target)
+        for boundary in BOUNDARIES:
+            tuned = PartialFineTuning(EfficientNetLite(), 2, unfreeze_from=boundary, lr=1e-4)
+            steps[boundary] = median(fit(tuned, data, 1, limit_train_batches=24, limit_val_batches=0).steps[2:])
+        plain.append(plain_loops(images, arguments.plain_images))  # again, because the machine's speed drifts
         one_by_one, together = fifty_heads(features, target)
 
     extracting, epoch, *plain_steps = (mean(run[name] for run in plain) for name in plain[0])
@@ -179,16 +157,17 @@ def main() -> None:
         ("extraction, images a second", 1 / extracting, count / extraction),
         (f"probe of {EPOCHS} epochs, s", EPOCHS * train * epoch, probe),
         ("epoch of the cached probe, s", median(bare.epochs[1:]), median(alone.epochs[1:])),
-        *((f"step from {cut} on, s", there, steps[cut]) for cut, there in zip(CUTS, plain_steps, strict=True)),
-        ("logistic regression, one thread, s", sklearn, ours),
+        *(
+            (f"step from {name} on, s", seconds, steps[name])
+            for name, seconds in zip(BOUNDARIES, plain_steps, strict=True)
+        ),
         ("fifty linear heads, three epochs, s", one_by_one, together),
     ]
-    print("| | plain loop, bare loop, scikit-learn, one by one | here | ratio |\n|---|---|---|---|")
-    for name, there, here in rows:
-        ratio = (
-            here / there if "second" in name or "epoch of" in name else there / here
-        )  # what is rated, and what has a limit
-        print(f"| {name} | {there:.3g} | {here:.3g} | {ratio:.2f} |")
+    print("| | plain loop, bare loop, one by one | here | ratio |\n|---|---|---|---|")
+    for name, reference, ours in rows:
+        # A rate, and the overhead over a bare loop, are divided by the reference; other times give the speed-up.
+        ratio = ours / reference if "second" in name or "epoch of" in name else reference / ours
+        print(f"| {name} | {reference:.3g} | {ours:.3g} | {ratio:.2f} |")
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.heads.test_logistic import samples
+from tests.heads.clouds import overlapping_clouds
 from tl_lightning.data.sampler import DistributedBatchSampler
 from tl_lightning.evaluation import wilson_interval
 from tl_lightning.heads import LinearHead, MLPHead
@@ -37,7 +37,7 @@ def run(
 
 @pytest.mark.parametrize("folds", [0, 5])
 def test_what_learns_is_chosen(folds: int) -> None:
-    features, target = samples(3, count=600)
+    features, target = overlapping_clouds(3, count=600)
     found = run(
         LabelledFeatures({WHOLE: features[:400]}, target[:400]),
         LabelledFeatures({WHOLE: features[400:]}, target[400:]),
@@ -51,7 +51,7 @@ def test_what_learns_is_chosen(folds: int) -> None:
 
 
 def test_simpler_means_smaller_then_more_decay_then_slower() -> None:
-    features, target = samples(2, count=300)
+    features, target = overlapping_clouds(2, count=300)
     features = features + 30 * torch.nn.functional.one_hot(target, 30)  # everybody is right
     candidates = [
         Candidate(partial(MLPHead, hidden=(4,)), HeadOptions(1e-2, 1.0)),
@@ -66,7 +66,7 @@ def test_simpler_means_smaller_then_more_decay_then_slower() -> None:
 
 
 def test_what_diverges_is_not_chosen() -> None:
-    features, target = samples(2, count=300)
+    features, target = overlapping_clouds(2, count=300)
     target = torch.where(torch.arange(300) < 240, 0, target)  # most are of the class that a head without sense names
     half = LabelledFeatures({WHOLE: features[:200]}, target[:200])
     candidates = [Candidate(LinearHead, HeadOptions(1e-3, 0.0)), Candidate(LinearHead, HeadOptions(1e30, 1e30))]
@@ -76,7 +76,7 @@ def test_what_diverges_is_not_chosen() -> None:
 
 
 def test_a_head_is_the_same_whatever_else_is_tried() -> None:
-    features, target = samples(2, count=300)
+    features, target = overlapping_clouds(2, count=300)
     half, rest = (
         LabelledFeatures({WHOLE: features[:200]}, target[:200]),
         LabelledFeatures({WHOLE: features[200:]}, target[200:]),
@@ -113,13 +113,13 @@ def test_shuffled_labels_are_chance() -> None:
 
 
 def test_nothing_to_compare() -> None:
-    features, target = samples(2)
+    features, target = overlapping_clouds(2)
     with pytest.raises(ValueError, match="nothing to compare"):
         run(LabelledFeatures({WHOLE: features}, target), LabelledFeatures({WHOLE: features}, target), 2, candidates=[])
 
 
 def test_one_validation_image_is_too_few() -> None:
-    features, target = samples(2)
+    features, target = overlapping_clouds(2)
     train, one = LabelledFeatures({WHOLE: features}, target), LabelledFeatures({WHOLE: features[:1]}, target[:1])
     with pytest.raises(ValueError, match="1 validation images to choose by"):
         run(train, one, 2)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.heads.test_logistic import samples
+from tests.heads.clouds import overlapping_clouds
 from tl_lightning.data.sampler import DistributedBatchSampler
 from tl_lightning.heads import LinearHead, MLPHead
 from tl_lightning.sweep import training as module
@@ -15,7 +15,7 @@ from tl_lightning.sweep.training import Advance, HeadOptions, Training, train, t
 
 
 def work(classes: int = 3, count: int = 230, features: int = 20, epochs: int = 4) -> Training:
-    made, target = samples(classes, count=count, features=features)
+    made, target = overlapping_clouds(classes, count=count, features=features)
     order = DistributedBatchSampler(count, 32, shuffle=True, seed=1)
 
     def batches(epoch: int) -> Iterator[Tensor]:

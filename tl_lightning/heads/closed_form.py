@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tl_lightning.heads.logistic import solve
+from tl_lightning.heads._logistic_regression import choose_inverse_penalty, solve
 from tl_lightning.heads.neural import LinearHead, Standardize
-from tl_lightning.heads.penalty import choose_penalty
+from tl_lightning.utils.distributed import broadcast_object
 
 
 class ClosedFormHead(nn.Module, ABC):
@@ -32,17 +32,17 @@ class ClosedFormHead(nn.Module, ABC):
 
 
 class LogisticRegressionHead(LinearHead, ClosedFormHead):
-    """Logistic regression with a squared penalty, to convergence, on standardised features.
+    """Solve logistic regression with a squared penalty to convergence, by scikit-learn, on standardised features.
 
-    Its parts are those of :class:`LinearHead` with ``standardize``, so either loads the other's ``state_dict``.
+    Its parameters are those of :class:`LinearHead` with ``standardize``, so either loads the other's ``state_dict``.
 
     Args:
         in_features: Length D of the features.
         num_classes: Number K of classes.
         C: Inverse strength of the penalty, as in scikit-learn; None chooses it by cross-validation on the training images.
-        tolerance: Largest entry of the objective's gradient at which it counts as minimal.
-        max_steps: Steps of L-BFGS after which it is given up.
-        folds: Of the cross-validation.
+        tolerance: Largest entry of the objective's gradient at which the solution counts as converged.
+        max_steps: Number of L-BFGS steps after which the solver gives up.
+        folds: Number of folds of the cross-validation.
 
     Raises:
         ValueError: ``C`` is not above 0, or there are fewer than two folds.
@@ -72,25 +72,35 @@ class LogisticRegressionHead(LinearHead, ClosedFormHead):
 
     @torch.no_grad()
     def fit(self, features: Tensor, target: Tensor, seed: int) -> str:
-        """Choose C, if it is not given, and solve."""
+        """Choose C, if it is not given, and solve on the CPU.
+
+        Args:
+            features: (N, D), on any device.
+            target: Class numbers (N,), int64.
+            seed: Seed of the assignment to folds.
+
+        Returns:
+            C, how it was chosen, and whether the solver converged.
+
+        Raises:
+            ValueError: A feature is not finite, there is one class only, a class has no images, or it has fewer than folds.
+        """
+        _check_finite(features)
+        counts = _counts(target, self.linear.out_features)
+        if len(counts) < 2:
+            raise ValueError("there is one class only; logistic regression needs images of at least two classes")
         standard = _standardise(self.standardize, features)
-        classes = self.linear.out_features
-        _counts(target, classes)
-        penalty, how = self.C, "given"
-        if penalty is None:
-            penalty, how = choose_penalty(standard, target, classes, folds=self.folds, seed=seed), "by cross-validation"
-        found = solve(
-            standard,
-            target,
-            classes,
-            standard.new_tensor([penalty]),
-            tolerance=self.tolerance,
-            max_steps=self.max_steps,
-        )
-        self.linear.weight.copy_(found.weight[0])
-        self.linear.bias.copy_(found.bias[0])
-        end = "converged" if bool(found.converged[0]) else "NOT converged: raise max_steps or lower C"
-        return f"C = {penalty:.3g} {how}, {end} after {found.steps} steps"
+        C, how = self.C, "given"
+        if C is None:
+            C, how = choose_inverse_penalty(standard, target, folds=self.folds, seed=seed), "by cross-validation"
+        solution = solve(standard, target, C, tolerance=self.tolerance, max_steps=self.max_steps)
+        # All ranks solve, so that none waits until a collective operation times out. Rank 0's solution counts: other CPUs round
+        # differently.
+        C, solution = broadcast_object((C, solution))
+        self.linear.weight.copy_(solution.weight)
+        self.linear.bias.copy_(solution.bias)
+        end = "converged" if solution.converged else "NOT converged: raise max_steps or lower C"
+        return f"C = {C:.3g} {how}, {end} after {solution.steps} steps"
 
 
 class ClassMeanHead(LinearHead, ClosedFormHead):
@@ -187,6 +197,15 @@ def _standardise(module: nn.Module, features: Tensor) -> Tensor:
     module.fit(features)
     standard: Tensor = module.eval()(features)
     return standard
+
+
+def _check_finite(features: Tensor) -> None:
+    wrong = int((~features.isfinite().all(1)).sum())
+    if wrong:
+        raise ValueError(
+            f"{wrong:,} of {len(features):,} training images have features that are not finite, so no logistic regression fits "
+            "them: check the backbone's weights and these images, or compute the features with precision 32-true and dtype float32"
+        )
 
 
 def _counts(target: Tensor, num_classes: int) -> Tensor:

@@ -80,7 +80,7 @@ def candidates_of(
             for at once.
     """
     name = type(model).__name__
-    if model.freeze_policy.trainable or not model.automatic_optimization:
+    if model.freeze_policy.unfreezable or not model.automatic_optimization:
         raise ValueError(
             f"sweep trains many heads on features that do not move, and {name} is trained otherwise: use LinearProbe or "
             "CustomHeadClassifier"

@@ -8,7 +8,6 @@ from torch import Tensor, nn
 
 from tl_lightning.data.sampler import DistributedBatchSampler
 from tl_lightning.evaluation import Interval, bias_corrected_best, simplest_within_one_standard_error
-from tl_lightning.heads.penalty import stratified_folds
 from tl_lightning.sweep.candidates import Candidate, Source
 from tl_lightning.sweep.training import Advance, Loss, Training, ignore, train
 from tl_lightning.utils.seeding import derive_seed, from_rng_state, seeded
@@ -27,9 +26,10 @@ class LabelledFeatures(NamedTuple):
     target: Tensor
     """Class numbers (N,)."""
 
-    def at(self, wanted: Tensor) -> "LabelledFeatures":
-        """Return some of them, by whether each is wanted (N,)."""
-        return LabelledFeatures({source: rows[wanted] for source, rows in self.features.items()}, self.target[wanted])
+    def at(self, places: Tensor) -> "LabelledFeatures":
+        """Return the rows at some places (n,)."""
+        places = places.to(self.target.device)
+        return LabelledFeatures({source: rows[places] for source, rows in self.features.items()}, self.target[places])
 
     def followed_by(self, others: "LabelledFeatures") -> "LabelledFeatures":
         """Return these, and others after them."""
@@ -103,16 +103,18 @@ def search(
             advance=advance,
         )
 
+    from sklearn.model_selection import StratifiedKFold  # takes a second to import
+
     check_enough(train_samples.target, val_samples.target, num_classes, folds)
     if folds:
         both = train_samples.followed_by(val_samples)
-        fold = stratified_folds(both.target, folds, derive_seed(seed, "folds"))
-        right = torch.zeros(len(candidates), len(both.target), dtype=torch.bool)
-        losses = torch.zeros(len(candidates), len(both.target))
-        for number in range(folds):
-            inside, outside = fold != number, fold == number
-            heads = fit(candidates, both.at(inside))
-            right[:, outside.cpu()], losses[:, outside.cpu()] = _judge(candidates, heads, both.at(outside))
+        labels = both.target.cpu().numpy()
+        splitter = StratifiedKFold(folds, shuffle=True, random_state=derive_seed(seed, "folds") % 2**32)
+        right = torch.zeros(len(candidates), len(labels), dtype=torch.bool)
+        losses = torch.zeros(len(candidates), len(labels))
+        for inside, outside in splitter.split(labels, labels):
+            heads = fit(candidates, both.at(torch.from_numpy(inside)))
+            right[:, outside], losses[:, outside] = _judge(candidates, heads, both.at(torch.from_numpy(outside)))
     else:
         heads = fit(candidates, train_samples)
         right, losses = _judge(candidates, heads, val_samples)
