@@ -1,4 +1,4 @@
-"""Every odd kind of file gives the same picture as its plain RGB twin."""
+"""Image files of every mode and format read as the same pixels as their plain RGB twins."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from tests.doubles import TINY, TinyBackbone
-from tl_lightning.images import read_image
+from tl_lightning.images import ImageError, read_image
 from tl_lightning.modules import LinearProbe
 from tl_lightning.transforms import eval_transform
 
@@ -98,10 +98,10 @@ def save(image: Image.Image, path: Path) -> Path:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_odd_image_gives_the_probabilities_of_its_twin_bit_for_bit(case: str, tmp_path: Path) -> None:
+def test_image_gives_the_probabilities_of_its_rgb_twin_bit_for_bit(case: str, tmp_path: Path) -> None:
     suffix, make = CASES[case]
-    odd, twin = make()
-    pictures = [read_image(save(odd, tmp_path / f"odd.{suffix}")), read_image(save(twin, tmp_path / "twin.png"))]
+    image, twin = make()
+    pictures = [read_image(save(image, tmp_path / f"image.{suffix}")), read_image(save(twin, tmp_path / "twin.png"))]
     assert pictures[0].shape == pictures[1].shape
     assert torch.equal(*pictures)
     torch.manual_seed(0)
@@ -118,12 +118,12 @@ def test_cmyk_jpeg_is_its_twin_up_to_compression(tmp_path: Path) -> None:
     assert difference.abs().max() <= 6
 
 
-def test_sixteen_bits_are_scaled_not_cut_off(tmp_path: Path) -> None:
+def test_sixteen_bits_are_scaled_instead_of_clipped(tmp_path: Path) -> None:
     Image.fromarray(np.array([[0, 128, 129, 40000, 65535]], dtype=np.uint16)).save(tmp_path / "wide.png")
     assert read_image(tmp_path / "wide.png")[0, 0].tolist() == [0, 0, 1, 156, 255]
 
 
-def test_background_is_chosen(tmp_path: Path) -> None:
+def test_background_fills_transparent_parts(tmp_path: Path) -> None:
     Image.new("RGBA", (2, 2), (9, 9, 9, 0)).save(tmp_path / "clear.png")
     assert torch.unique(read_image(tmp_path / "clear.png")).tolist() == [255]
     assert read_image(tmp_path / "clear.png", (10, 20, 30))[:, 0, 0].tolist() == [10, 20, 30]
@@ -133,23 +133,25 @@ def test_background_is_chosen(tmp_path: Path) -> None:
 def test_unreadable_file_is_named(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "bad.png").write_bytes(content)
     for given in (None, content):
-        with pytest.raises(ValueError, match=r"cannot read the image '.*bad\.png': it is no image, or .* not known$"):
+        with pytest.raises(
+            ImageError, match=r"cannot read the image '.*bad\.png': it is not an image, .*or remove it$"
+        ):
             read_image(tmp_path / "bad.png", content=given)
 
 
 def test_missing_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"cannot read the image '.*gone\.png': No such file or directory$"):
+    with pytest.raises(ImageError, match=r"cannot read the image '.*gone\.png': No such file or directory$"):
         read_image(tmp_path / "gone.png")
 
 
-def test_file_that_is_cut_short_is_not_padded_in_silence(tmp_path: Path) -> None:
+def test_truncated_file_is_refused(tmp_path: Path) -> None:
     whole = save(RGB, tmp_path / "whole.png").read_bytes()
     (tmp_path / "half.png").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(ValueError, match="half"):
+    with pytest.raises(ImageError, match="half"):
         read_image(tmp_path / "half.png")
 
 
-def test_floating_point_image_is_refused_with_a_way_out(tmp_path: Path) -> None:
+def test_floating_point_image_is_refused_and_another_format_named(tmp_path: Path) -> None:
     Image.fromarray(np.zeros((2, 2), dtype=np.float32)).save(tmp_path / "float.tiff")
-    with pytest.raises(ValueError, match="save it with 8 or 16 bits"):
+    with pytest.raises(ImageError, match="save it with 8 or 16 bits"):
         read_image(tmp_path / "float.tiff")

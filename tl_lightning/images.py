@@ -1,4 +1,4 @@
-"""Read an image file, of whatever kind, as the RGB picture that a person sees."""
+"""Read an image file of any mode as the RGB image that a viewer would show."""
 
 import io
 from collections.abc import Sequence
@@ -11,35 +11,38 @@ from torch import Tensor
 
 WHITE = (255, 255, 255)
 
-SUFFIXES = frozenset(
+IMAGE_SUFFIXES = frozenset(
     {".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 )
-"""Endings, in lower case, of the files that count as images."""
+"""Endings, in lower case, of the files that are taken for images."""
 
-_SIXTEEN_BIT = ("I;16", "I;16L", "I;16B", "I;16N", "I")
+_SIXTEEN_BIT_MODES = ("I;16", "I;16L", "I;16B", "I;16N", "I")
 
 
 class ImageError(ValueError):
-    """An image file cannot be used; the message names the file."""
+    """Report an image file that cannot be used; the message names the file."""
 
 
 def to_rgb(image: Image.Image, background: tuple[int, int, int] = WHITE) -> Image.Image:
     """Turn an image of any mode into the RGB image that a viewer would show.
 
-    The camera's rotation is applied, transparency is composited on ``background``, 16 bits per channel become 8 by a
-    fixed scale (65535 becomes 255), and palettes, grey and CMYK become RGB. An RGB image stays as it is, bit for bit.
+    The image is rotated as its EXIF data say, and transparency is composited on ``background``. 16 bits per channel
+    become 8 by a fixed scale (65535 becomes 255). Palettes, grey and CMYK become RGB. An RGB image stays as it is, bit
+    for bit.
 
     Args:
-        image: The image; of several frames, the current one.
+        image: The image; if it has several frames, the current one is used.
         background: Red, green and blue from 0 to 255.
 
     Raises:
-        ValueError: The image holds floating-point numbers, whose scale is not known.
+        ValueError: The pixels are floating-point numbers, so their scale is unknown.
     """
     image = ImageOps.exif_transpose(image)
     if image.mode == "F":
-        raise ValueError("holds floating-point pixels, whose scale is not known; save it with 8 or 16 bits per channel")
-    if image.mode in _SIXTEEN_BIT:
+        raise ValueError(
+            "its pixels are floating-point numbers of unknown scale; save it with 8 or 16 bits per channel"
+        )
+    if image.mode in _SIXTEEN_BIT_MODES:
         wide = np.asarray(image).astype(np.int64).clip(0, 65535)
         narrow = Image.fromarray(((wide + 128) // 257).astype(np.uint8))
         transparent = image.info.get("transparency")
@@ -56,7 +59,7 @@ def read_content(path: str | Path) -> bytes:
     """Return the bytes of an image file.
 
     Raises:
-        ValueError: It cannot be read; the message names it.
+        ImageError: The file cannot be read; the message names it.
     """
     try:
         return Path(path).read_bytes()
@@ -69,14 +72,14 @@ def read_image(path: str | Path, background: tuple[int, int, int] = WHITE, conte
 
     Args:
         path: The file.
-        background: What transparent parts show: red, green and blue from 0 to 255.
-        content: Of the file, where it has been read already.
+        background: Colour behind transparent parts: red, green and blue from 0 to 255.
+        content: Bytes of the file, if they have been read already.
 
     Returns:
         The image, uint8 of shape (3, H, W).
 
     Raises:
-        ValueError: The file is missing, is no image, is cut short, or holds floating-point pixels; the message names it.
+        ImageError: The file is missing, is not an image, is truncated, or holds floating-point pixels.
     """
     data = read_content(path) if content is None else content
     try:
@@ -84,7 +87,7 @@ def read_image(path: str | Path, background: tuple[int, int, int] = WHITE, conte
             rgb = to_rgb(image, background)
     except UnidentifiedImageError as error:
         raise ImageError(
-            f"cannot read the image {str(path)!r}: it is no image, or of a kind that is not known"
+            f"cannot read the image {str(path)!r}: it is not an image, or its format is unknown; convert or remove it"
         ) from error
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise ImageError(f"cannot read the image {str(path)!r}: {error}") from error
@@ -92,12 +95,12 @@ def read_image(path: str | Path, background: tuple[int, int, int] = WHITE, conte
 
 
 class ImageReader:
-    """Read image files by their place in a list.
+    """Read image files by their place in a list; unlike a closure, it can be sent to a worker process.
 
     Args:
-        root: The folder that the paths start from.
+        root: The folder that holds the files.
         files: Paths relative to ``root``.
-        background: What transparent parts show: red, green and blue from 0 to 255.
+        background: Colour behind transparent parts: red, green and blue from 0 to 255.
     """
 
     def __init__(self, root: Path, files: Sequence[str], background: tuple[int, int, int] = WHITE) -> None:

@@ -74,11 +74,11 @@ def test_timm_model_is_cut_exactly(name: str) -> None:
     check_cuts(TimmBackbone(name, weights=None), TIMM[name])
 
 
-def test_resnet_stages_are_those_of_the_field() -> None:
+def test_resnet_stages_have_the_usual_names() -> None:
     assert TorchvisionBackbone("resnet50", weights=None).stages == ("stem", "layer1", "layer2", "layer3", "layer4")
 
 
-def test_blocks_of_a_vit_are_stages() -> None:
+def test_vit_blocks_are_stages() -> None:
     expected = ("stem", *(f"blocks.{i}" for i in range(12)))
     assert TimmBackbone("vit_tiny_patch16_224", weights=None).stages == expected
 
@@ -87,7 +87,7 @@ def test_deep_resnet_is_not_cut_into_blocks() -> None:
     assert len(TorchvisionBackbone("resnet152", weights=None).stages) == 5
 
 
-def test_parts_list_their_own_parameters_and_no_others() -> None:
+def test_prefix_and_suffix_list_their_own_parameters_alone() -> None:
     backbone = TorchvisionBackbone("vit_b_16", weights=None)
     prefix, suffix = backbone.split("encoder.layers.encoder_layer_7")
     own = {id(p) for p in backbone.parameters()}
@@ -115,7 +115,7 @@ def test_map_of_tokens_is_row_by_row_without_class_token() -> None:
 
 
 class Branching(nn.Module):
-    """Two branches all the way: nowhere is one tensor alone."""
+    """Two parallel branches up to the end, so that two tensors are always alive."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -141,7 +141,7 @@ class DataDependent(nn.Module):
 
 
 @pytest.mark.parametrize("net", [Branching(), DataDependent()])
-def test_network_that_cannot_be_cut_works_as_a_whole_and_says_so(net: nn.Module) -> None:
+def test_network_that_cannot_be_cut_works_as_a_whole_and_says_why(net: nn.Module) -> None:
     backbone = TracedBackbone(net, "oddnet", TINY).eval()
     images = torch.randn(2, 3, 16, 16)
     assert backbone.stages == ("stem",)
@@ -151,7 +151,7 @@ def test_network_that_cannot_be_cut_works_as_a_whole_and_says_so(net: nn.Module)
         backbone.split("layer4")
 
 
-def test_unknown_stage_is_named_with_those_there_are() -> None:
+def test_unknown_stage_lists_the_known_ones() -> None:
     with pytest.raises(ValueError, match=r"unknown stage 'layer5'; did you mean 'layer.*resnet18 has stem, layer1"):
         TorchvisionBackbone("resnet18", weights=None).split("layer5")
 
@@ -162,7 +162,7 @@ def test_network_without_pooled_output_is_refused() -> None:
 
 
 def test_suffix_follows_the_mode_of_the_network() -> None:
-    """Functional dropout in the outermost forward reads ``self.training``, which a trace fixes."""
+    """Functional dropout in the outermost forward reads ``self.training``, and a trace bakes its value in."""
     backbone = TinyBackbone().eval()
     images = torch.randn(4, 3, 16, 16)
     _, suffix = backbone.split("layer3")
@@ -177,7 +177,7 @@ def test_suffix_follows_the_mode_of_the_network() -> None:
     assert torch.equal(prefix(images), inputs), "the prefix is still in eval mode"
 
 
-def test_gradients_reach_the_suffix_alone() -> None:
+def test_gradients_reach_the_suffix_only() -> None:
     backbone = TinyBackbone().eval()
     prefix, suffix = backbone.split("layer2")
     with torch.no_grad():

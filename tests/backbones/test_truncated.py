@@ -1,4 +1,4 @@
-"""A network that ends early is the first part of the whole one, pooled."""
+"""A truncated network computes the first stages of the whole one, then a mean."""
 
 import copy
 from pathlib import Path
@@ -18,7 +18,7 @@ def images_for(backbone: TracedBackbone | TruncatedBackbone) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(0))
 
 
-def test_features_are_the_mean_of_what_comes_before_the_stage() -> None:
+def test_features_are_the_mean_of_the_activations_before_the_stage() -> None:
     whole = TinyBackbone().eval()
     early = TruncatedBackbone(whole, "layer3").eval()
     images = images_for(whole)
@@ -42,7 +42,7 @@ def test_features_are_the_mean_of_what_comes_before_the_stage() -> None:
         (lambda: TimmBackbone("deit_tiny_distilled_patch16_224", weights=None), "blocks.6", 192),
     ],
 )
-def test_networks_of_all_kinds_end_early(whole: object, before: str, feature_dim: int) -> None:
+def test_truncation_works_for_maps_tokens_and_vectors(whole: object, before: str, feature_dim: int) -> None:
     backbone = whole()  # type: ignore[operator]
     early = TruncatedBackbone(backbone, before)
     if before.startswith("classifier"):
@@ -64,7 +64,7 @@ def test_class_tokens_are_left_out_of_the_mean() -> None:
         torch.testing.assert_close(early(images), tokens[:, 2:].mean(1))
 
 
-def test_only_what_is_left_can_train() -> None:
+def test_only_the_remaining_stages_can_train() -> None:
     classifier = PartialFineTuning(TruncatedBackbone(TinyBackbone(), "layer3"), 3, unfreeze_from="layer2").train()
     loss = classifier.compute_loss(classifier(images_for(classifier.backbone)), torch.tensor([0, 1]))  # type: ignore[arg-type]
     loss.backward()  # type: ignore[no-untyped-call]
@@ -84,7 +84,7 @@ def test_a_copy_is_independent() -> None:
         assert not torch.equal(other(images), before)
 
 
-def test_a_checkpoint_brings_it_back_without_loading_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_checkpoint_rebuilds_it_without_loading_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     classifier = LinearProbe(TruncatedBackbone(TinyBackbone(seed=3), "layer2"), 3).eval()
     images = images_for(classifier.backbone)  # type: ignore[arg-type]
     state = classifier.state_dict()
@@ -106,8 +106,8 @@ def test_a_checkpoint_brings_it_back_without_loading_weights(tmp_path: Path, mon
 
 @pytest.mark.parametrize(
     ("before", "message"),
-    [("layer9", "did you mean"), ("stem", "nothing comes before"), ("head", "'head' means the whole")],
+    [("layer9", "did you mean"), ("stem", "nothing comes before"), ("head", "would keep all stages")],
 )
-def test_what_is_no_end_is_refused(before: str, message: str) -> None:
+def test_stages_that_cannot_end_the_network_are_refused(before: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         TruncatedBackbone(TinyBackbone(), before)

@@ -21,7 +21,9 @@ def same(backbone: TorchvisionBackbone, published: dict[str, torch.Tensor]) -> b
     return all(torch.equal(tensor, published[name]) for name, tensor in backbone.model.state_dict().items())
 
 
-def test_pth_and_safetensors_with_and_without_classifier(tmp_path: Path, published: dict[str, torch.Tensor]) -> None:
+def test_pth_and_safetensors_load_with_and_without_classifier(
+    tmp_path: Path, published: dict[str, torch.Tensor]
+) -> None:
     features = {name: tensor for name, tensor in published.items() if not name.startswith("fc.")}
     other_classes = published | {"fc.weight": torch.zeros(7, 512), "fc.bias": torch.zeros(7)}
     torch.save(published, tmp_path / "whole.pth")
@@ -32,7 +34,7 @@ def test_pth_and_safetensors_with_and_without_classifier(tmp_path: Path, publish
         assert same(TorchvisionBackbone("resnet18", weights=str(tmp_path / name)), published), name
 
 
-def test_auxiliary_heads_of_inception_are_loaded_and_set_aside(tmp_path: Path) -> None:
+def test_auxiliary_heads_of_inception_are_loaded_and_detached(tmp_path: Path) -> None:
     net = torchvision.models.inception_v3(weights=None, init_weights=False)
     torch.save(net.state_dict(), tmp_path / "inception.pth")
     backbone = TorchvisionBackbone("inception_v3", weights=str(tmp_path / "inception.pth"))
@@ -53,7 +55,7 @@ def test_inception_normalises_its_input_alike_with_and_without_published_weights
             lambda s: {k: v for k, v in s.items() if k != "layer1.0.conv1.weight"},
             r"1 missing: layer1\.0\.conv1\.weight",
         ),
-        (lambda s: s | {"layer9.weight": torch.zeros(1)}, r"1 not of this network: layer9\.weight"),
+        (lambda s: s | {"layer9.weight": torch.zeros(1)}, r"1 not in this network: layer9\.weight"),
         (
             lambda s: s | {"conv1.weight": torch.zeros(1, 2)},
             r"conv1\.weight is \(1, 2\) in the file and \(64, 3, 7, 7\)",
@@ -61,7 +63,7 @@ def test_inception_normalises_its_input_alike_with_and_without_published_weights
         (lambda s: [1, 2], "holds no state dict"),
     ],
 )
-def test_file_that_does_not_fit(
+def test_file_that_does_not_fit_lists_the_tensors(
     tmp_path: Path, published: dict[str, torch.Tensor], change: Callable[[dict[str, torch.Tensor]], Any], message: str
 ) -> None:
     torch.save(change(published), tmp_path / "file.pth")
@@ -69,7 +71,7 @@ def test_file_that_does_not_fit(
         TorchvisionBackbone("resnet18", weights=str(tmp_path / "file.pth"))
 
 
-def test_missing_and_unreadable_files(tmp_path: Path) -> None:
+def test_missing_and_unreadable_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"none\.pth' does not exist \(looked in"):
         TorchvisionBackbone("resnet18", weights=str(tmp_path / "none.pth"))
     (tmp_path / "text.pth").write_text("not weights")
@@ -98,25 +100,25 @@ def test_pickled_objects_are_not_executed(tmp_path: Path) -> None:
         (lambda: EfficientNetLite("efficientnet_lite9"), "unknown model 'efficientnet_lite9'; did you mean"),
         (
             lambda: TorchvisionBackbone("resnet18", weights="V9"),
-            "resnet18 has IMAGENET1K_V1, DEFAULT; a path ending in",
+            "resnet18 has IMAGENET1K_V1, DEFAULT. The path of a .pth",
         ),
         (lambda: TimmBackbone("resnet50", weights="in9k"), "unknown weights 'in9k'.* resnet50 has DEFAULT, a1_in1k"),
         (lambda: TimmBackbone("twins_pcpvt_small.nope", weights=None), "unknown weights 'nope'"),
         (lambda: EfficientNetLite(weights="V2"), "unknown weights 'V2'"),
     ],
 )
-def test_unknown_names(build: Callable[[], Backbone], message: str) -> None:
+def test_unknown_names_list_the_known_ones(build: Callable[[], Backbone], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         build()
 
 
-def test_without_a_network_the_way_out_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_failed_download_names_the_alternatives(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def refuse(*args: object, **kwargs: object) -> None:
         raise URLError("no route to host")
 
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", refuse)
-    with pytest.raises(ConnectionError, match="or use the backbone EfficientNetLite"):
+    with pytest.raises(ConnectionError, match="Or use the backbone EfficientNetLite"):
         TorchvisionBackbone("resnet18")
 
 
@@ -130,7 +132,7 @@ def test_enum_member_gives_weights_and_preprocessing(
     assert (old.size, old.crop, old.interpolation) == (256, 224, "bilinear")
 
 
-def test_timm_tag_decides_on_the_preprocessing() -> None:
+def test_timm_tag_selects_the_preprocessing() -> None:
     assert TimmBackbone("resnet50.tv2_in1k", weights=None).preprocessing[:2] == (201, 176)
     assert TimmBackbone("resnet50", weights=None).preprocessing.size == 235  # 224 / 0.95, rounded down
 
@@ -145,7 +147,7 @@ def test_efficientnet_lite_has_real_weights() -> None:
 
 
 def test_efficientnet_lite_recognises_a_real_image() -> None:
-    """The classifier's weights are in the package as well: a daisy is called one (class 985)."""
+    """The package also holds the weights of the classifier, which recognises a daisy (class 985)."""
     from sklearn.datasets import load_sample_image
 
     from tl_lightning.backbones.efficientnet_lite import _packaged_file
@@ -173,11 +175,11 @@ def _absent(package: str, monkeypatch: pytest.MonkeyPatch) -> bool:
     return True
 
 
-def test_image_size_is_what_the_network_sees() -> None:
+def test_network_sees_the_given_image_size() -> None:
     expected = TorchvisionBackbone("resnet18", weights=None).preprocessing._replace(size=96, crop=96)
     assert TorchvisionBackbone("resnet18", weights=None, image_size=96).preprocessing == expected
     assert EfficientNetLite(image_size=320).preprocessing[:2] == (320, 320)
-    for name in ("test_resnet", "test_vit"):  # any size, and one that is built for a size
+    for name in ("test_resnet", "test_vit"):  # one that takes any size, and one that is built for a size
         backbone = TimmBackbone(name, weights=None, image_size=96)
         assert backbone.preprocessing[:2] == (96, 96)
         assert backbone(torch.rand(2, 3, 96, 96)).shape == (2, backbone.feature_dim)

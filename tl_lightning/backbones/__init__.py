@@ -1,6 +1,6 @@
 """Backbones: networks as an ordered sequence of named stages, then a pooling."""
 
-from tl_lightning.backbones._tracing.segments import Segment, called_by, stages_of
+from tl_lightning.backbones._tracing.segments import Segment, called_modules, stages_of
 from tl_lightning.backbones.base import AuxiliaryHead, Backbone
 from tl_lightning.backbones.efficientnet_lite import EfficientNetLite
 from tl_lightning.backbones.timm import TimmBackbone
@@ -17,6 +17,6 @@ __all__ = [
     "TorchvisionBackbone",
     "TracedBackbone",
     "TruncatedBackbone",
-    "called_by",
+    "called_modules",
     "stages_of",
 ]

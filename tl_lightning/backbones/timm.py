@@ -4,24 +4,24 @@ import math
 from typing import Any
 
 from tl_lightning.backbones.traced import TracedBackbone
-from tl_lightning.backbones.weights import is_path, load_file_into, with_download
+from tl_lightning.backbones.weights import build_with_download, is_path, load_weights_file, unknown_weights
 from tl_lightning.transforms import Preprocessing
 from tl_lightning.utils.messages import unknown
 
 
 class TimmBackbone(TracedBackbone):
-    """Any model of timm, without its classifier.
+    """Load any model of timm without its classifier.
 
     Args:
-        name: As in ``timm.list_models()``, for instance ``vit_small_patch14_dinov2``; a tag may follow after a dot, as in
-            ``resnet50.a1_in1k``, and decides on the preprocessing.
-        weights: ``DEFAULT``, or the tag of published weights (``a1_in1k``); path of a ``.pth`` or ``.safetensors`` file
-            with the model's own parameter names, with or without a classifier; or None for random weights.
-        image_size: Side in pixels of the square images that the network sees, whose centre square is then seen as a whole;
-            None takes size and crop as the weights were trained. Details smaller than a pixel need more of them.
+        name: One of ``timm.list_models()``, for instance ``vit_small_patch14_dinov2``. A tag may follow after a dot, as
+            in ``resnet50.a1_in1k``; it selects the preprocessing.
+        weights: ``DEFAULT``, or the tag of published weights (``a1_in1k``); the path of a ``.pth`` or ``.safetensors``
+            file with the model's own parameter names, with or without a classifier; or None for random weights.
+        image_size: Side in pixels of the square images that the network sees: the whole centre square. None takes size
+            and crop as the weights were trained. Larger images show smaller details.
 
     Raises:
-        ValueError: Unknown model or weights, or a file that does not fit.
+        ValueError: The model or the weights are unknown, or the file does not fit the model.
         FileNotFoundError: The weights file does not exist.
         ConnectionError: The weights are not in the cache and cannot be downloaded.
 
@@ -41,13 +41,12 @@ class TimmBackbone(TracedBackbone):
         if published and weights != "DEFAULT":
             tag = str(weights)
         if tag and tag not in tags:
-            choice = unknown("weights", tag, ["DEFAULT", *tags], of=architecture)
-            raise ValueError(f"{choice}; a path ending in .pth or .safetensors, or None, does as well")
+            raise ValueError(unknown_weights(tag, ["DEFAULT", *tags], of=architecture))
         if published and not tags:
             raise ValueError(f"timm publishes no weights for {architecture}; pass weights=None, or the path of a file")
         full_name = f"{architecture}.{tag}" if tag else architecture
 
-        # Networks that are built for one size, as vision transformers are, must be told; others take any.
+        # Some networks, such as vision transformers, are built for one size; others take any.
         cfg = timm.models.get_pretrained_cfg(full_name)
         fixed: dict[str, Any] = (
             {"img_size": image_size} if image_size is not None and cfg is not None and cfg.fixed_input_size else {}
@@ -56,32 +55,36 @@ class TimmBackbone(TracedBackbone):
         def build(pretrained: bool) -> Any:
             return timm.create_model(full_name, pretrained=pretrained, num_classes=0, **fixed)
 
-        model = with_download(lambda: build(True), name=full_name, weights=str(weights)) if published else build(False)
+        if published:
+            model = build_with_download(lambda: build(True), name=full_name, weights=str(weights))
+        else:
+            model = build(False)
         classifier = str(model.pretrained_cfg.get("classifier") or "head")
         if weights is not None and not published:
-            load_file_into(model, weights, name=full_name, classifier=classifier)
-        leaf_functions = timm.models.get_notrace_functions()  # type: ignore[no-untyped-call]  # timm gives it no types
-        super().__init__(model, full_name, preprocessing_of(model).at(image_size), leaf_functions)
-        # A checkpoint builds the same variant again, without its published weights.
+            load_weights_file(model, weights, name=full_name, classifier=classifier)
+        leaf_functions = timm.models.get_notrace_functions()  # type: ignore[no-untyped-call]  # timm ships no types
+        super().__init__(model, full_name, timm_preprocessing(model).with_image_size(image_size), leaf_functions)
+        # With the full name, a checkpoint rebuilds the same variant without its published weights.
         self.init_args = ((), {"name": full_name, "weights": weights, "image_size": image_size})
 
 
-def preprocessing_of(model: Any) -> Preprocessing:
+def timm_preprocessing(model: Any) -> Preprocessing:
     """Read the evaluation preprocessing of a timm model from its pretrained configuration.
 
     Args:
         model: A model made by ``timm.create_model``.
 
     Raises:
-        ValueError: The model's images are not three-channelled.
+        ValueError: The model takes images of other than three channels.
     """
     from timm.data.config import resolve_model_data_config
 
-    config = resolve_model_data_config(model)  # type: ignore[no-untyped-call]  # timm gives it no types
+    config = resolve_model_data_config(model)  # type: ignore[no-untyped-call]  # timm ships no types
     channels, height, width = config["input_size"]
     if channels != 3:
-        raise ValueError(f"this model wants images of {channels} channels; only those of 3 are supported")
-    # timm.data.transforms_factory.transforms_imagenet_eval: crop_mode 'center' keeps the aspect ratio, 'squash' does not.
+        raise ValueError(f"this model takes images of {channels} channels; only models for 3 channels are supported")
+    # timm.data.transforms_factory.transforms_imagenet_eval: crop_mode 'center' keeps the aspect ratio, 'squash' does
+    # not.
     scaled = tuple(math.floor(side / config["crop_pct"]) for side in (height, width))
     size: int | tuple[int, int] = scaled[0]
     if config["crop_mode"] == "squash" or height != width:

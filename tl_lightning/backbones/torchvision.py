@@ -8,12 +8,12 @@ from torchvision.models import WeightsEnum
 
 from tl_lightning.backbones.base import AuxiliaryHead
 from tl_lightning.backbones.traced import TracedBackbone
-from tl_lightning.backbones.weights import is_path, load_file_into, with_download
+from tl_lightning.backbones.weights import build_with_download, is_path, load_weights_file, unknown_weights
 from tl_lightning.transforms import Preprocessing
 from tl_lightning.utils.messages import unknown
 
 _IMAGENET_CLASSES = 1000
-_AUXILIARY = {
+_AUXILIARY = {  # the stage whose output each head takes, and the weight of its loss
     # https://github.com/pytorch/vision/blob/main/references/classification/train.py, --auxiliary-loss-weight
     "AuxLogits": ("Mixed_6e", 0.4),
     # https://arxiv.org/abs/1409.4842, section 5
@@ -23,21 +23,21 @@ _AUXILIARY = {
 
 
 class TorchvisionBackbone(TracedBackbone):
-    """Any classification model of torchvision, without its last layer.
+    """Load any classification model of torchvision without its last layer.
 
-    The auxiliary heads of Inception and GoogLeNet, which torchvision runs in training only, are set aside under
-    ``auxiliary``, with their weights; the main branch does not need them.
+    The auxiliary heads of Inception and GoogLeNet, which torchvision runs in training only, move to ``auxiliary`` with
+    their weights; the main branch does not need them.
 
     Args:
-        name: As in ``torchvision.models.list_models(module=torchvision.models)``, for instance ``resnet50``.
-        weights: Name of a member of the model's weights enum (``DEFAULT``, ``IMAGENET1K_V1``, ...); path of a ``.pth`` or
+        name: One of ``torchvision.models.list_models(module=torchvision.models)``, for instance ``resnet50``.
+        weights: A member of the model's weights enum (``DEFAULT``, ``IMAGENET1K_V1``, ...); the path of a ``.pth`` or
             ``.safetensors`` file with the model's own parameter names, with or without a classifier; or None for random
-            weights. The preprocessing is that of the member, else that of ``DEFAULT``.
-        image_size: Side in pixels of the square images that the network sees, whose centre square is then seen as a whole;
-            None takes size and crop as the weights were trained. Details smaller than a pixel need more of them.
+            weights. The preprocessing is that of the member, otherwise that of ``DEFAULT``.
+        image_size: Side in pixels of the square images that the network sees: the whole centre square. None takes size
+            and crop as the weights were trained. Larger images show smaller details.
 
     Raises:
-        ValueError: Unknown model or weights, or a file that does not fit.
+        ValueError: The model or the weights are unknown, or the file or the image size does not fit the model.
         FileNotFoundError: The weights file does not exist.
         ConnectionError: The weights are not in torch's cache and cannot be downloaded.
 
@@ -55,12 +55,12 @@ class TorchvisionBackbone(TracedBackbone):
         if weights is not None and not is_path(weights):
             names = list(published.__members__)  # DEFAULT among them
             if weights not in names:
-                choice = unknown("weights", weights, names, of=name)
-                raise ValueError(f"{choice}; a path ending in .pth or .safetensors, or None, does as well")
+                raise ValueError(unknown_weights(weights, names, of=name))
             member = published[weights]
 
-        # Both are made with their auxiliary heads (GoogLeNet's published ones are untrained), and with the input
-        # normalisation of their published weights, so that random weights and a checkpoint's see the same input.
+        # Both networks are built with auxiliary heads, which are untrained in GoogLeNet's published weights. Both
+        # normalise their input as their published weights need it, so that random weights and a checkpoint see the same
+        # input.
         extra: Mapping[str, bool] = {}
         if name in ("inception_v3", "googlenet"):
             extra = {"transform_input": True} | (
@@ -70,22 +70,22 @@ class TorchvisionBackbone(TracedBackbone):
         if member is None:
             model = torchvision.models.get_model(name, weights=None, **extra)
         else:
-            model = with_download(
+            model = build_with_download(
                 lambda: torchvision.models.get_model(name, weights=member, **extra), name=name, weights=str(weights)
             )
         classifier = _remove_classifier(model)
         if member is None and weights is not None:
-            load_file_into(model, weights, name=name, classifier=classifier)
-        auxiliary = _set_aside_auxiliary_heads(model)
+            load_weights_file(model, weights, name=name, classifier=classifier)
+        auxiliary = _detach_auxiliary_heads(model)
         preprocessing = _preprocessing(member or published["DEFAULT"])
         try:
-            super().__init__(model, name, preprocessing.at(image_size))
+            super().__init__(model, name, preprocessing.with_image_size(image_size))
         except (AssertionError, RuntimeError) as error:
             if image_size is None:
                 raise
             raise ValueError(
-                f"torchvision's {name} takes no images of {image_size} pixels ({error}); leave image_size out, or look in "
-                "TimmBackbone for such a network of any size"
+                f"torchvision's {name} takes no images of {image_size} pixels ({error}); leave out image_size, or look "
+                "for a similar network that takes any size in TimmBackbone"
             ) from error
         self.auxiliary = nn.ModuleDict(auxiliary)
 
@@ -95,10 +95,10 @@ class TorchvisionBackbone(TracedBackbone):
 
 
 def _remove_classifier(model: nn.Module) -> str:
-    """Replace the layer that maps to ImageNet's classes, and the dropout right before it, by nothing.
+    """Replace the layer that maps to the ImageNet classes, and a dropout right before it, by the identity.
 
     Returns:
-        The layer's qualified name.
+        The qualified name of the layer.
     """
     modules = [(name, module) for name, module in model.named_modules() if not list(module.children())]
     last = max(
@@ -114,9 +114,9 @@ def _remove_classifier(model: nn.Module) -> str:
     return name
 
 
-def _set_aside_auxiliary_heads(model: nn.Module) -> dict[str, nn.Module]:
+def _detach_auxiliary_heads(model: nn.Module) -> dict[str, nn.Module]:
     found = {}
-    for name in ("AuxLogits", "aux1", "aux2"):
+    for name in _AUXILIARY:
         module = model._modules.get(name)
         if module is not None:
             found[name] = module

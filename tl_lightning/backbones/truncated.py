@@ -1,43 +1,45 @@
-"""The first stages of a backbone as a backbone of their own."""
+"""Make a backbone of the first stages of another one."""
 
 from torch import Tensor, nn
 
-from tl_lightning.backbones._tracing.layout import MeanOverPlaces, to_map
+from tl_lightning.backbones._tracing.layout import SpatialMean, to_map
 from tl_lightning.backbones.base import Backbone
 from tl_lightning.backbones.traced import TracedBackbone
 from tl_lightning.utils.messages import unknown
 
 
 class TruncatedBackbone(Backbone):
-    """End a network before one of its stages, and pool what comes out there.
+    """End a network before one of its stages, and average the features there.
 
-    What a linear probe makes of each stage tells where the network stops being of use for the data at hand
-    (https://arxiv.org/abs/1610.01644): far from what it was trained on, earlier features can be the better ones, and they
-    cost less. Maps are averaged over all places, tokens over all patches; vectors stay as they are.
+    Linear probes at different depths show where a network's features fit the data best
+    (https://arxiv.org/abs/1610.01644). For data far from that of pre-training, earlier features can be the better ones,
+    and they cost less. Maps are averaged over all places, tokens over all patches; vectors stay as they are.
 
     Args:
         backbone: The whole network.
-        before: Its first stage that is left out.
+        before: The first stage to leave out.
 
     Raises:
-        ValueError: There is no such stage, nothing comes before it, or the network cannot be cut.
+        ValueError: The network has no such stage, no stage comes before it, or the network cannot be cut there.
     """
 
     def __init__(self, backbone: TracedBackbone, before: str) -> None:
         super().__init__()
         if before == "head":
-            raise ValueError(f"'head' means the whole network: use {backbone.name} as it is")
+            raise ValueError(f"before='head' would keep all stages: use {backbone.name} itself")
         if before == backbone.stages[0]:
-            raise ValueError(f"{backbone.name} is to end before {before!r}, and nothing comes before that")
-        backbone.split(before)  # raises where it cannot be cut
+            raise ValueError(
+                f"{before!r} is the first stage of {backbone.name}, so nothing comes before it: give a later stage"
+            )
+        backbone.split(before)  # raises if the network cannot be cut there
         self.backbone = backbone
         self.before = before
         self.name = f"{backbone.name} before {before}"
         self.preprocessing = backbone.preprocessing
         self.stages = backbone.stages[: backbone.stages.index(before)]
-        shape = backbone.entering[before]
+        shape = backbone.input_shapes[before]
         height, width = self.preprocessing.crop_shape
-        self._pool = MeanOverPlaces.of(shape, height / width)
+        self._pool = SpatialMean.for_shape(shape, height / width)
         self.feature_dim = shape[0] if len(shape) == 1 or self._pool.dims == (2, 3) else shape[-1]
 
     def forward(self, images: Tensor) -> Tensor:
@@ -46,10 +48,10 @@ class TruncatedBackbone(Backbone):
         return features  # (N, D)
 
     def forward_map(self, images: Tensor) -> Tensor:
-        """Compute the spatial map before pooling.
+        """Compute the spatial map before the pooling.
 
         Raises:
-            ValueError: There is no map any more.
+            ValueError: The network ends after its own pooling.
         """
         if not self._pool.dims:
             raise ValueError(f"{self.name} has no spatial map: it ends after the pooling of {self.backbone.name}")
@@ -59,8 +61,8 @@ class TruncatedBackbone(Backbone):
         """Cut the backbone in two before a stage.
 
         Raises:
-            ValueError: There is no such stage.
+            ValueError: The network has no such stage before its end.
         """
         if stage not in self.stages:
             raise ValueError(unknown("stage", stage, self.stages, of=self.name))
-        return self.backbone.split(stage)[0], self.backbone.between(stage, self.before, self._pool)
+        return self.backbone.split(stage)[0], self.backbone.segment(stage, self.before, self._pool)

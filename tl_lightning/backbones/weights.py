@@ -1,6 +1,6 @@
-"""Weights from files, and from a hub where there is one."""
+"""Load weights from files, or from a model hub."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.error import URLError
@@ -8,25 +8,39 @@ from urllib.error import URLError
 import torch
 from torch import Tensor, nn
 
+from tl_lightning.utils.messages import unknown
+
 SUFFIXES = (".pth", ".pt", ".safetensors")
 _LISTED = 5
 _M = TypeVar("_M")
 
 
 def is_path(weights: str) -> bool:
-    """Return whether ``weights`` means a file rather than the name of published weights."""
+    """Tell the path of a weights file from the name of published weights."""
     return weights.endswith(SUFFIXES) or "/" in weights or "\\" in weights
 
 
-def read_weights(path: str | Path) -> dict[str, Tensor]:
-    """Read the tensors of a ``.pth``, ``.pt`` or ``.safetensors`` file, never executing anything in it.
+def unknown_weights(given: str, names: Iterable[str], *, of: str) -> str:
+    """Say that published weights are unknown, and which values are allowed.
 
-    A mapping under ``state_dict`` or ``model`` is unwrapped, and the ``module.`` that DistributedDataParallel puts before
-    every name is taken off.
+    Args:
+        given: The unknown name.
+        names: Names of the published weights.
+        of: Name of the model.
+    """
+    allowed = unknown("weights", given, names, of=of)
+    return f"{allowed}. The path of a {', '.join(SUFFIXES)} file, or None, is allowed too"
+
+
+def read_weights(path: str | Path) -> dict[str, Tensor]:
+    """Read the tensors of a ``.pth``, ``.pt`` or ``.safetensors`` file without executing anything in it.
+
+    A mapping under ``state_dict`` or ``model`` is unwrapped. The ``module.`` that DistributedDataParallel puts before
+    every name is removed.
 
     Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: The file cannot be read as tensors by name.
+        FileNotFoundError: The file does not exist.
+        ValueError: The file holds no mapping of names to tensors.
     """
     path = Path(path)
     if not path.is_file():
@@ -43,30 +57,33 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
             state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         raise ValueError(
-            f"the weights file {str(path)!r} cannot be read ({type(error).__name__}: {str(error).splitlines()[0]}); it must "
-            "be a state dict saved by torch.save, or a safetensors file. Pickled objects are refused, since reading one "
-            "runs whatever code is in it"
+            f"the weights file {str(path)!r} cannot be read ({type(error).__name__}: {str(error).splitlines()[0]}); it "
+            "must be a state dict saved by torch.save, or a safetensors file. Pickled objects are refused, since "
+            "reading one can run any code"
         ) from error
     for key in ("state_dict", "model"):
         if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):
             state = state[key]
     if not (isinstance(state, Mapping) and state and all(isinstance(v, Tensor) for v in state.values())):
-        raise ValueError(f"the weights file {str(path)!r} holds no state dict, that is, no mapping of names to tensors")
+        raise ValueError(
+            f"the weights file {str(path)!r} holds no state dict; it must map names to tensors, at the top or under "
+            "'state_dict' or 'model'"
+        )
     return {str(name).removeprefix("module."): tensor for name, tensor in state.items()}
 
 
-def load_file_into(model: nn.Module, path: str | Path, *, name: str, classifier: str) -> None:
-    """Load a file into a network, with or without the file's own classifier.
+def load_weights_file(model: nn.Module, path: str | Path, *, name: str, classifier: str) -> None:
+    """Load a weights file into a network and skip the classifier in the file.
 
     Args:
-        model: The network; what it calls its classifier holds no parameters any more.
-        path: A file for :func:`read_weights`.
-        name: What messages call the network.
-        classifier: Qualified name of the classifier; what the file has under it is left out.
+        model: The network, whose classifier holds no parameters any more.
+        path: See :func:`read_weights`.
+        name: Name of the network in messages.
+        classifier: Qualified name of the classifier.
 
     Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: Tensors are missing, too many, or of another shape, as listed in the message.
+        FileNotFoundError: The file does not exist.
+        ValueError: Tensors are missing, unknown, or of another shape; the message lists them.
     """
     state = {key: tensor for key, tensor in read_weights(path).items() if not key.startswith(f"{classifier}.")}
     own = model.state_dict()
@@ -78,30 +95,30 @@ def load_file_into(model: nn.Module, path: str | Path, *, name: str, classifier:
         if key in state and state[key].shape != own[key].shape
     ]
     problems = [
-        f"{len(found)} {what}: {', '.join(found[:_LISTED])}{', ...' if len(found) > _LISTED else ''}"
-        for what, found in (("missing", missing), ("not of this network", unexpected), ("of another shape", shapes))
+        f"{len(found)} {problem}: {', '.join(found[:_LISTED])}{', ...' if len(found) > _LISTED else ''}"
+        for problem, found in (("missing", missing), ("not in this network", unexpected), ("of another shape", shapes))
         if found
     ]
     if problems:
         raise ValueError(
-            f"the weights file {str(path)!r} does not fit {name}; tensors {'; '.join(problems)}. Is it the file of another "
-            "model?"
+            f"the weights file {str(path)!r} does not fit {name}; tensors {'; '.join(problems)}. Check that the file "
+            "belongs to this model"
         )
     model.load_state_dict(state, strict=False)
 
 
-def with_download(build: Callable[[], _M], *, name: str, weights: str) -> _M:
-    """Build a network whose weights may have to be downloaded, one process of a machine at a time.
+def build_with_download(build: Callable[[], _M], *, name: str, weights: str) -> _M:
+    """Build a network whose weights may have to be downloaded, in one process of a machine at a time.
 
-    The first process downloads; the others wait and then find the file in the cache.
+    The first process downloads the weights; the others wait and then find them in the cache.
 
     Args:
         build: Builds the network.
-        name: What messages call it.
+        name: Name of the network in messages.
         weights: Name of the published weights.
 
     Raises:
-        ConnectionError: The download failed; the message says how to go on without a network.
+        ConnectionError: The download failed; the message says how to go on without a network connection.
     """
     from filelock import FileLock
 
@@ -112,8 +129,8 @@ def with_download(build: Callable[[], _M], *, name: str, weights: str) -> _M:
             return build()
     except (URLError, OSError) as error:
         raise ConnectionError(
-            f"the weights {weights!r} of {name} are neither in the cache nor could they be downloaded ({error}). Without a "
-            "network: download them elsewhere and give the .pth or .safetensors file as weights (on the command line "
-            "--backbone.weights FILE), or use the backbone EfficientNetLite (--backbone EfficientNetLite), whose weights come "
-            "with a package"
+            f"the weights {weights!r} of {name} are not in the cache and cannot be downloaded ({error}). Without a "
+            "network connection, download them elsewhere and pass the .pth or .safetensors file as weights (on the "
+            "command line --backbone.weights FILE). Or use the backbone EfficientNetLite (--backbone "
+            "EfficientNetLite), since its weights come with a package"
         ) from error

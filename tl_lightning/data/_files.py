@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-from tl_lightning.images import SUFFIXES
+from tl_lightning.images import IMAGE_SUFFIXES
 from tl_lightning.utils.messages import unknown
 
 
@@ -33,7 +33,7 @@ def find_images(root: Path, folder: Path, others: Counter[str]) -> Iterator[str]
             suffix = Path(name).suffix.lower()
             if is_hidden(name):
                 continue
-            if suffix not in SUFFIXES:
+            if suffix not in IMAGE_SUFFIXES:
                 others[suffix] += 1
             else:
                 yield _inside(root, Path(path, name)).relative_to(root).as_posix()
@@ -46,7 +46,7 @@ def kinds(others: Counter[str]) -> str:
 
 def instead(others: Counter[str]) -> str:
     """Say which endings are taken for images, and which there are instead."""
-    return f"({', '.join(sorted(SUFFIXES))})" + (f", but {kinds(others)}" if others else "")
+    return f"({', '.join(sorted(IMAGE_SUFFIXES))})" + (f", but {kinds(others)}" if others else "")
 
 
 def is_hidden(name: str) -> bool:

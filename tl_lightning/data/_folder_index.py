@@ -9,7 +9,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from tl_lightning.data._files import check_root, find_images, instead, kinds, subfolders
 from tl_lightning.data.splits import SPLIT_FOLDERS, TRAIN, Samples, stratified_split
-from tl_lightning.images import SUFFIXES
+from tl_lightning.images import IMAGE_SUFFIXES
 from tl_lightning.utils.messages import unknown
 
 
@@ -105,7 +105,7 @@ class FolderIndex:
         if others:
             rank_zero_warn(
                 f"{str(self.root)!r} holds files that are not taken for images, and are passed over: "
-                f"{kinds(others)}; convert those that are images to one of {', '.join(sorted(SUFFIXES))}"
+                f"{kinds(others)}; convert those that are images to one of {', '.join(sorted(IMAGE_SUFFIXES))}"
             )
 
 
@@ -137,7 +137,7 @@ def class_folders(folder: Path) -> list[str]:
     names = subfolders(folder)
     if len(names) < 2:
         what = f"only the class folder {names[0]!r}" if names else "no class folders"
-        loose = sum(1 for entry in folder.iterdir() if entry.suffix.lower() in SUFFIXES)
+        loose = sum(1 for entry in folder.iterdir() if entry.suffix.lower() in IMAGE_SUFFIXES)
         raise ValueError(
             f"{str(folder)!r} holds {what}{f' and {loose} loose images' if loose else ''}; a classifier needs at least two "
             "folders, each named after a class and holding its images (or 'train', 'val' and 'test' folders of such)"

@@ -1,8 +1,8 @@
 """Cut a network into an ordered sequence of named stages, without knowing the network.
 
-The network is traced with :mod:`torch.fx`, opening only as few of its modules as a useful cut needs; every other module
-stays one call, so its own hooks, randomness and train/eval mode work as in the original. A stage may begin wherever
-exactly one tensor that depends on the input is alive.
+:mod:`torch.fx` traces the network and opens only as few modules as a useful cut needs. Every other module stays one
+call, so its hooks, randomness and train or eval mode work as in the original. A stage may begin wherever exactly one
+tensor that depends on the input is alive.
 """
 
 import inspect
@@ -13,23 +13,25 @@ from typing import Any, NamedTuple
 from torch import fx, nn
 
 MIN_STAGES = 4
-"""Modules are opened until at least this many stages appear, the depth of a classic feature hierarchy."""
+"""Modules are opened until the network has this many stages, the depth of a classic feature hierarchy."""
 
 FIRST_STAGE = "stem"
-_RESERVED = ("head", "map")  # mean the classifier and the spatial map wherever a stage is given
+_RESERVED = ("head", "map")  # wherever a stage is given, these mean the classifier and the spatial map
 
 
 class Trace(NamedTuple):
-    """A network as the list of operations that its output needs, with the places where it may be cut."""
+    """The operations that a network's output needs, with the places where the network can be cut."""
 
     nodes: list[fx.Node]
     cuts: list[int]
-    """Positions in ``nodes``, ascending, after which only that node's output is alive."""
+    """Positions in ``nodes``, ascending, after which only the output of that node is alive."""
     starts: dict[str, int]
-    """Stage name to the cut right before it, input to output; -1 for the first."""
+    """From each stage's name to the cut before it, input to output; -1 for the first stage."""
 
 
 class _CoarseTracer(fx.Tracer):
+    """Trace into the opened modules only."""
+
     def __init__(self, opened: frozenset[str], leaf_functions: Sequence[Callable[..., Any]]) -> None:
         super().__init__(autowrap_functions=tuple(leaf_functions))
         self.opened = opened
@@ -39,17 +41,17 @@ class _CoarseTracer(fx.Tracer):
 
 
 def trace(model: nn.Module, opened: frozenset[str], leaf_functions: Sequence[Callable[..., Any]] = ()) -> Trace:
-    """Trace ``model.forward``, calling every module that is not in ``opened`` as a whole.
+    """Trace ``model.forward`` and call every module outside ``opened`` as a whole.
 
-    Whatever the opened modules' own code asks of ``self.training`` is fixed to its value at this moment.
+    The code of the opened modules may read ``self.training``; the trace keeps its present value.
 
     Args:
-        model: The network; its ``forward`` takes images first, and its other arguments keep their defaults.
-        opened: Qualified names of the submodules to look into.
-        leaf_functions: Functions that depend on sizes in a way that cannot be traced; they stay one call.
+        model: The network. Its ``forward`` takes images first, and its other arguments keep their defaults.
+        opened: Qualified names of the submodules to trace into.
+        leaf_functions: Functions that cannot be traced because they depend on sizes; each stays one call.
 
     Raises:
-        Exception: Whatever the tracer meets in code that depends on its input's values.
+        Exception: Any error of the tracer, for instance in code that depends on the values of its input.
     """
     parameters = list(inspect.signature(model.forward).parameters.values())[1:]
     defaults = {p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty}
@@ -64,11 +66,11 @@ def trace(model: nn.Module, opened: frozenset[str], leaf_functions: Sequence[Cal
                 pending.append(node)
     nodes = [node for node in graph.nodes if node in needed]
     cuts = _cut_points(nodes)
-    return Trace(nodes, cuts, _starts(model, nodes, cuts))
+    return Trace(nodes, cuts, _stage_starts(model, nodes, cuts))
 
 
 def depends_on_input(nodes: Sequence[fx.Node]) -> set[fx.Node]:
-    """Return the nodes that change with the input; the others are constants, made again wherever they are needed."""
+    """Return the nodes that depend on the input; the others are constants, computed again wherever they are needed."""
     dependent = {node for node in nodes if node.op == "placeholder"}
     for node in nodes:
         if any(argument in dependent for argument in node.all_input_nodes):
@@ -77,6 +79,7 @@ def depends_on_input(nodes: Sequence[fx.Node]) -> set[fx.Node]:
 
 
 def _cut_points(nodes: Sequence[fx.Node]) -> list[int]:
+    """Return the positions after which one tensor alone carries everything that depends on the input."""
     dependent = depends_on_input(nodes)
     position = {node: i for i, node in enumerate(nodes)}
     last_use = {node: max((position.get(user, -1) for user in node.users), default=-1) for node in nodes}
@@ -91,21 +94,21 @@ def _cut_points(nodes: Sequence[fx.Node]) -> list[int]:
     return cuts
 
 
-def has_matrix(module: nn.Module) -> bool:
-    """Return whether the module holds more than scales and biases: a convolution, a linear map, attention."""
+def _has_weight_matrix(module: nn.Module) -> bool:
+    """Return whether a module holds a convolution, a linear map or attention, rather than scales and biases alone."""
     return any(p.numel() > max(p.shape, default=1) for p in module.parameters())
 
 
-def _starts(model: nn.Module, nodes: Sequence[fx.Node], cuts: Sequence[int]) -> dict[str, int]:
-    """Begin a stage right before each module with weights; norms, activations and pools go with the stage before."""
+def _stage_starts(model: nn.Module, nodes: Sequence[fx.Node], cuts: Sequence[int]) -> dict[str, int]:
+    """Start a stage before each module with a weight matrix; norms and activations stay with the stage before."""
     dependent = depends_on_input(nodes)
-    weighty = [
+    weighted = [
         i
         for i, node in enumerate(nodes)
-        if node.op == "call_module" and node in dependent and has_matrix(model.get_submodule(str(node.target)))
+        if node.op == "call_module" and node in dependent and _has_weight_matrix(model.get_submodule(str(node.target)))
     ]
     starts = {FIRST_STAGE: -1}
-    for previous, this in itertools.pairwise(weighty):
+    for previous, this in itertools.pairwise(weighted):
         between = [cut for cut in cuts if previous <= cut < this]
         if between:
             name = str(nodes[this].target)
@@ -114,17 +117,17 @@ def _starts(model: nn.Module, nodes: Sequence[fx.Node], cuts: Sequence[int]) -> 
 
 
 def find_stages(model: nn.Module, leaf_functions: Sequence[Callable[..., Any]] = ()) -> tuple[frozenset[str], Trace]:
-    """Open the largest modules, one after the other, until the network falls into stages.
+    """Open the largest modules one after the other until the network falls into enough stages.
 
     Args:
         model: The network, in eval mode.
-        leaf_functions: As for :func:`trace`.
+        leaf_functions: See :func:`trace`.
 
     Returns:
-        The names of the opened modules and the trace with these opened.
+        The names of the opened modules, and the trace into them.
 
     Raises:
-        Exception: Whatever the tracer meets in the network's outermost ``forward``.
+        Exception: Any error of the tracer in the network's outermost ``forward``.
     """
     opened: frozenset[str] = frozenset()
     best = trace(model, opened, leaf_functions)
@@ -133,24 +136,28 @@ def find_stages(model: nn.Module, leaf_functions: Sequence[Callable[..., Any]] =
         candidates = {
             str(node.target): model.get_submodule(str(node.target)) for node in best.nodes if node.op == "call_module"
         }
-        inner = {
-            name: [child for child in module.children() if has_matrix(child)]
+        weighted_children = {
+            name: [child for child in module.children() if _has_weight_matrix(child)]
             for name, module in candidates.items()
             if name not in tried
         }
-        name = max((n for n, children in inner.items() if children), key=lambda n: _size(candidates[n]), default=None)
+        name = max(
+            (name for name, children in weighted_children.items() if children),
+            key=lambda name: _parameter_count(candidates[name]),
+            default=None,
+        )
         if name is None:
             break
         tried.add(name)
         try:
             attempt = trace(model, opened | {name}, leaf_functions)
-        except Exception:  # noqa: S112, BLE001 - a module that cannot be traced stays closed
+        except Exception:  # noqa: S112, BLE001 - a module that cannot be traced stays one call
             continue
         gained = len(attempt.starts) - len(best.starts)
-        if gained > 0 or (gained == 0 and len(inner[name]) == 1):
+        if gained > 0 or (gained == 0 and len(weighted_children[name]) == 1):
             opened, best = opened | {name}, attempt
     return opened, best
 
 
-def _size(module: nn.Module) -> int:
+def _parameter_count(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters())

@@ -1,4 +1,4 @@
-"""Parts of a traced network that run on the network's own modules."""
+"""Run consecutive stages of a traced network on the network's own modules."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -8,42 +8,45 @@ from torch import Tensor, fx, nn
 from tl_lightning.backbones._tracing.cut_points import Trace, depends_on_input
 
 Cut = tuple[int, int]
-"""Position of a cut in the trace of eval mode and in that of train mode; -1 for the input."""
+"""Position of a cut in the trace of eval mode and in the trace of train mode; -1 for the input."""
 
-Then = Callable[[Tensor], Tensor]
-"""Something without parameters that is done to what a part made, the same in both modes."""
+Pooling = Callable[[Tensor], Tensor]
+"""A function without parameters that ends a segment, the same in both modes."""
+
+_Forward = Callable[[nn.Module, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
-class _Piece:
-    """One stage of a part."""
+class _Stage:
+    """One stage of a segment."""
 
     name: str
     model: nn.Module
-    code: tuple[Callable[[nn.Module, Tensor], Tensor], Callable[[nn.Module, Tensor], Tensor]]
+    forward: tuple[_Forward, _Forward]
+    """The code of eval mode and the code of train mode."""
     called: tuple[nn.Module, ...]
 
     def __call__(self, inputs: Tensor, /) -> Tensor:
-        # The mode is the called modules' own: whoever switches a stage switches the code between its modules as well.
+        # The called modules decide on the mode: switching a stage also switches the code between its modules.
         training = any(module.training for module in self.called)
-        return self.code[training](self.model, inputs)
+        return self.forward[training](self.model, inputs)
 
 
 class Segment(nn.Module):
-    """Run some consecutive stages of a network, each in its own mode, on the network's own, live modules.
+    """Run consecutive stages of a network, each in its own mode, on the network's own modules.
 
-    The modules stay where they are: this one lists those that it calls as its own, under their own names, so that
-    ``parameters()``, ``train()`` and ``state_dict()`` speak of this part alone; none is copied.
+    Nothing is copied. The segment registers the modules that it calls under the names that they have in the network, so
+    ``parameters()``, ``train()`` and ``state_dict()`` cover this segment alone.
 
     Args:
-        model: The network that was traced.
-        traces: The network's trace in eval mode and in train mode.
-        cuts: Where the first stage begins, where each further one begins, and where the last one ends.
+        model: The traced network.
+        traces: The traces of the network in eval mode and in train mode.
+        cuts: The start of each stage, and the end of the last one.
         names: Names of the stages, one fewer than cuts.
-        then: What is done to the output of the last stage; None leaves it as it is.
+        pooling: Applied to the output of the last stage; None returns that output.
 
     Shape:
-        Input: what comes out at the first cut. Output: what comes out at the last; both have the batch first.
+        Input: the activations at the first cut. Output: the activations at the last cut. Both have the batch first.
     """
 
     def __init__(
@@ -52,23 +55,24 @@ class Segment(nn.Module):
         traces: tuple[Trace, Trace],
         cuts: Sequence[Cut],
         names: Sequence[str],
-        then: Then | None = None,
+        pooling: Pooling | None = None,
     ) -> None:
         super().__init__()
-        self._pieces: list[_Piece] = []
-        for name, begin, end in zip(names, cuts[:-1], cuts[1:], strict=True):
-            graphs = [_subgraph(t.nodes, *ends) for t, ends in zip(traces, zip(begin, end, strict=True), strict=True)]
+        self._segment_stages: list[_Stage] = []
+        for name, start, end in zip(names, cuts[:-1], cuts[1:], strict=True):
+            graphs = [_subgraph(t.nodes, *ends) for t, ends in zip(traces, zip(start, end, strict=True), strict=True)]
             nodes = [node for graph in graphs for node in graph.nodes]
             for target in {str(node.target): None for node in nodes if node.op in ("call_module", "get_attr")}:
                 self._register(model, target)
             called = {str(node.target): None for node in nodes if node.op == "call_module"}
-            code = (_compile(model, graphs[0]), _compile(model, graphs[1]))
-            self._pieces.append(_Piece(name, model, code, tuple(model.get_submodule(target) for target in called)))
-        if then is not None:
-            self._pieces.append(_Piece("then", model, (lambda _, output: then(output),) * 2, ()))
+            forward = (_compile(model, graphs[0]), _compile(model, graphs[1]))
+            modules = tuple(model.get_submodule(target) for target in called)
+            self._segment_stages.append(_Stage(name, model, forward, modules))
+        if pooling is not None:
+            self._segment_stages.append(_Stage("<pooling>", model, (lambda _, features: pooling(features),) * 2, ()))
 
     def _register(self, model: nn.Module, target: str) -> None:
-        """List a module or tensor of the network as this module's own, under the same name."""
+        """Register a module or tensor of the network under its own name."""
         path, _, leaf = target.rpartition(".")
         parent: nn.Module = self
         for part in filter(None, path.split(".")):
@@ -82,45 +86,45 @@ class Segment(nn.Module):
             setattr(parent, leaf, value)
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """Run the stages on what comes out at their beginning."""
-        for piece in self._pieces:
-            inputs = piece(inputs)
+        """Run the stages one after the other."""
+        for stage in self._segment_stages:
+            inputs = stage(inputs)
         return inputs
 
 
 def stages_of(segment: Segment) -> Iterator[tuple[str, Callable[[Tensor], Tensor]]]:
-    """Return the stages of a segment by name, in order; each takes what the one before made.
+    """Return the stages of a segment by name, in order; each takes the output of the one before.
 
-    This is no method, since a segment's attributes are the network's own modules, whatever these are called.
+    This is a function, since any attribute of a segment may be a module of the network, under the network's name.
     """
-    return ((piece.name, piece) for piece in segment._pieces)
+    return ((stage.name, stage) for stage in segment._segment_stages)
 
 
-def called_by(segment: Segment) -> list[nn.Module]:
-    """Return the network's modules that a segment calls, each once."""
-    return list({id(module): module for piece in segment._pieces for module in piece.called}.values())
+def called_modules(segment: Segment) -> list[nn.Module]:
+    """Return the modules of the network that a segment calls, each once."""
+    return list({id(module): module for stage in segment._segment_stages for module in stage.called}.values())
 
 
-def _subgraph(nodes: Sequence[fx.Node], begin: int, end: int) -> fx.Graph:
-    """Copy the operations after ``begin`` up to ``end``, and the constants that they need, to a graph of their own."""
+def _subgraph(nodes: Sequence[fx.Node], start: int, end: int) -> fx.Graph:
+    """Copy the operations after ``start`` up to ``end``, and the constants that they need, into a new graph."""
     dependent = depends_on_input(nodes)
     graph = fx.Graph()
-    source = nodes[begin] if begin >= 0 else next(node for node in nodes if node.op == "placeholder")
+    source = nodes[start] if start >= 0 else next(node for node in nodes if node.op == "placeholder")
     copies = {source: graph.placeholder("inputs")}
-    inside = nodes[begin + 1 : end + 1]
-    wanted = {node for node in inside if node in dependent and node.op not in ("placeholder", "output")}
-    pending = list(wanted)
+    inside = nodes[start + 1 : end + 1]
+    needed = {node for node in inside if node in dependent and node.op not in ("placeholder", "output")}
+    pending = list(needed)
     while pending:
-        constants = {a for a in pending.pop().all_input_nodes if a not in dependent and a not in wanted}
-        wanted |= constants
+        constants = {a for a in pending.pop().all_input_nodes if a not in dependent and a not in needed}
+        needed |= constants
         pending += constants
     for node in nodes:
-        if node in wanted:
+        if node in needed:
             copies[node] = graph.node_copy(node, copies.__getitem__)
     graph.output(copies[nodes[end]] if nodes[end].op != "output" else copies[nodes[end].all_input_nodes[0]])
     return graph
 
 
-def _compile(model: nn.Module, graph: fx.Graph) -> Callable[[nn.Module, Tensor], Tensor]:
-    # Called with the network itself, this finds the tensors that the network has then: ``to()`` replaces buffers.
+def _compile(model: nn.Module, graph: fx.Graph) -> _Forward:
+    # Each call gets the network itself and so reads its present tensors: nn.Module.to() replaces buffers.
     return type(fx.GraphModule(model, graph)).forward
