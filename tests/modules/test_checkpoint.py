@@ -1,3 +1,5 @@
+"""A checkpoint alone restores a classifier; damaged, foreign and unsafe files are refused."""
+
 import os
 import shutil
 import subprocess
@@ -21,15 +23,15 @@ from tl_lightning.utils.hashing import fingerprint
 
 
 def run_python(code: str, *args: object) -> str:
-    done = subprocess.run(  # noqa: S603 - our own interpreter and code
+    result = subprocess.run(  # noqa: S603 - runs this interpreter on code of this file
         [sys.executable, "-W", "ignore", "-c", code, *map(str, args)],
         capture_output=True,
         text=True,
         check=False,
         env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])},
     )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
+    assert result.returncode == 0, result.stderr[-3000:]
+    return result.stdout
 
 
 @pytest.fixture(scope="module")
@@ -71,17 +73,17 @@ def train_by_cli(root: Path, folder: Path, weights: Path) -> Path:
 
 FRESH_PROCESS = """
 import sys, torch, torch.hub, urllib.request, socket
-def refuse(*args, **kwargs): raise AssertionError("a download was tried")
+def refuse(*args, **kwargs): raise AssertionError("a download was attempted")
 urllib.request.urlopen = torch.hub.load_state_dict_from_url = torch.hub.download_url_to_file = refuse
 socket.create_connection = refuse
 import huggingface_hub
 huggingface_hub.hf_hub_download = refuse
 loads = []
 load = torch.load
-def watched(*args, **kwargs):
+def recorded(*args, **kwargs):
     loads.append(kwargs.get("weights_only"))
     return load(*args, **kwargs)
-torch.load = watched
+torch.load = recorded
 import torchvision.models._api as api
 api.load_state_dict_from_url = refuse
 from tl_lightning.modules import LinearProbe
@@ -95,7 +97,7 @@ print(",".join(model.class_names), model.backbone.preprocessing, model.training)
 
 
 @pytest.mark.parametrize("train", [train_in_python, train_by_cli])
-def test_checkpoint_is_enough_in_a_fresh_process(
+def test_checkpoint_alone_restores_the_logits_in_a_fresh_process(
     train: Callable[[Path, Path, Path], Path], photos: Path, tmp_path: Path, weights_file: Path
 ) -> None:
     weights = tmp_path / "resnet18.pth"
@@ -113,7 +115,7 @@ def test_checkpoint_is_enough_in_a_fresh_process(
     assert torch.equal(torch.load(tmp_path / "logits.pt", weights_only=True)["logits"], logits)
 
 
-def test_logits_are_those_before_saving(photos: Path, tmp_path: Path) -> None:
+def test_loaded_classifier_gives_the_logits_from_before_saving(photos: Path, tmp_path: Path) -> None:
     backbone = TinyBackbone(seed=5)
     data = ImageFolderDataModule(str(photos), num_workers=0, preprocessing=backbone.preprocessing)
     model = DropoutProbe(backbone, 3)
@@ -156,17 +158,17 @@ def edited(checkpoint: Path, edit: Callable[[dict[str, Any]], object]) -> Path:
     ],
 )
 @pytest.mark.parametrize("part", ["model", "backbone"])
-def test_class_from_elsewhere_is_refused(checkpoint: Path, path: str, message: str, part: str) -> None:
+def test_class_that_a_checkpoint_may_not_name_is_refused(checkpoint: Path, path: str, message: str, part: str) -> None:
     def edit(content: dict[str, Any]) -> None:
-        described = content["tl_lightning"]["model"]
-        (described if part == "model" else described["backbone"])["class_path"] = path
+        model = content["tl_lightning"]["model"]
+        (model if part == "model" else model["backbone"])["class_path"] = path
 
     with pytest.raises(ValueError, match=message):
         TransferClassifier.load_from_checkpoint(edited(checkpoint, edit))
-    assert "this" not in sys.modules, "refused only after its module was imported, which runs it"
+    assert "this" not in sys.modules, "the module was imported, which runs its code, before the class was refused"
 
 
-def test_damaged_backbone_is_found(checkpoint: Path) -> None:
+def test_changed_backbone_weights_are_refused(checkpoint: Path) -> None:
     def edit(content: dict[str, Any]) -> None:
         content["state_dict"]["backbone.model.layer1.conv.weight"][0, 0, 0, 0] += 1e-6
 
@@ -174,8 +176,8 @@ def test_damaged_backbone_is_found(checkpoint: Path) -> None:
         LinearProbe.load_from_checkpoint(edited(checkpoint, edit))
 
 
-def test_missing_weights_are_found(checkpoint: Path) -> None:
-    def edit(content: dict[str, Any]) -> None:  # as by code that has a parameter more since
+def test_checkpoint_that_lacks_a_parameter_is_refused(checkpoint: Path) -> None:
+    def edit(content: dict[str, Any]) -> None:  # as if the code had gained a parameter since
         del content["state_dict"]["head.linear.bias"]
         head = {name: tensor for name, tensor in content["state_dict"].items() if name.startswith("head.")}
         content["tl_lightning"]["hashes"]["head"] = fingerprint(head)
@@ -184,12 +186,12 @@ def test_missing_weights_are_found(checkpoint: Path) -> None:
         LinearProbe.load_from_checkpoint(edited(checkpoint, edit))
 
 
-def test_later_format_is_named(checkpoint: Path) -> None:
+def test_checkpoint_of_a_later_format_is_refused(checkpoint: Path) -> None:
     with pytest.raises(ValueError, match="in a later format; update tl_lightning"):
         LinearProbe.load_from_checkpoint(edited(checkpoint, lambda c: c["tl_lightning"].update(format=99)))
 
 
-def test_other_files(tmp_path: Path, checkpoint: Path) -> None:
+def test_missing_files_and_other_files_are_refused(tmp_path: Path, checkpoint: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"none\.ckpt' does not exist"):
         LinearProbe.load_from_checkpoint(tmp_path / "none.ckpt")
     (tmp_path / "text.ckpt").write_text("x")
@@ -202,7 +204,7 @@ def test_other_files(tmp_path: Path, checkpoint: Path) -> None:
         DropoutProbe.load_from_checkpoint(checkpoint)
 
 
-def test_damaged_files_are_called_so(checkpoint: Path, tmp_path: Path) -> None:
+def test_damaged_checkpoints_are_refused_and_the_damage_is_named(checkpoint: Path, tmp_path: Path) -> None:
     (tmp_path / "empty.ckpt").touch()
     with pytest.raises(ValueError, match=r"empty\.ckpt' cannot be read safely \(EOFError.*damaged, cut short"):
         LinearProbe.load_from_checkpoint(tmp_path / "empty.ckpt")
@@ -216,9 +218,9 @@ def test_damaged_files_are_called_so(checkpoint: Path, tmp_path: Path) -> None:
         (lambda c: c["state_dict"]["head.linear.bias"].add_(1), "the weights of the head in .* are not the saved ones"),
         (
             lambda c: c["tl_lightning"]["model"]["init_args"].update(num_classes=5),
-            "does not fit the code or its weights",
+            "does not fit its code or its weights",
         ),
-        (lambda c: c["tl_lightning"]["model"]["init_args"].update(colour=1), "does not fit the code or its weights"),
+        (lambda c: c["tl_lightning"]["model"]["init_args"].update(colour=1), "does not fit its code or its weights"),
         (lambda c: c["tl_lightning"].update(class_names=["a", "b", "c"]), "3 names for 2 classes"),
     ):
         checkpoint.write_bytes(whole)
@@ -226,7 +228,7 @@ def test_damaged_files_are_called_so(checkpoint: Path, tmp_path: Path) -> None:
             LinearProbe.load_from_checkpoint(edited(checkpoint, edit))
 
 
-def test_class_of_a_script_is_explained(checkpoint: Path) -> None:
+def test_class_of_a_script_is_refused_with_advice(checkpoint: Path) -> None:
     def edit(content: dict[str, Any]) -> None:
         content["tl_lightning"]["model"]["class_path"] = "__main__.MyProbe"
 
@@ -235,11 +237,11 @@ def test_class_of_a_script_is_explained(checkpoint: Path) -> None:
 
 
 @pytest.mark.parametrize("precision", ["64-true", "bf16-true"])
-def test_other_precisions_load(precision: Any, photos: Path, tmp_path: Path) -> None:
+def test_checkpoint_of_another_precision_loads(precision: Any, photos: Path, tmp_path: Path) -> None:
     backbone = TinyBackbone()
     data = ImageFolderDataModule(str(photos), num_workers=0, preprocessing=backbone.preprocessing)
     quiet = {"logger": False, "enable_progress_bar": False, "enable_checkpointing": False}
-    trainer = pl.Trainer(max_epochs=1, precision=precision, **quiet)  # type: ignore[arg-type]  # all are bool
+    trainer = pl.Trainer(max_epochs=1, precision=precision, **quiet)  # type: ignore[arg-type]  # all values are bool
     model = LinearProbe(backbone, num_classes=3)
     trainer.fit(model, data)
     trainer.save_checkpoint(tmp_path / "a.ckpt")
@@ -249,7 +251,7 @@ def test_other_precisions_load(precision: Any, photos: Path, tmp_path: Path) -> 
         assert torch.allclose(again(images), model.float().eval()(images), atol=1e-5)
 
 
-def test_lightning_restores_it_safely(photos: Path, checkpoint: Path, tmp_path: Path) -> None:
+def test_trainer_restores_a_checkpoint_with_weights_only(photos: Path, checkpoint: Path, tmp_path: Path) -> None:
     backbone = TinyBackbone()
     root = image_folder(tmp_path / "two", {"a": 9, "b": 9})
     data = ImageFolderDataModule(str(root), num_workers=0, preprocessing=backbone.preprocessing)
@@ -258,15 +260,13 @@ def test_lightning_restores_it_safely(photos: Path, checkpoint: Path, tmp_path: 
     trainer.test(model, data, ckpt_path=checkpoint, weights_only=True, verbose=False)
 
 
-def test_training_on_without_the_optimizer_that_was_chosen_is_refused(photos: Path, tmp_path: Path) -> None:
+def test_training_a_loaded_classifier_without_its_optimizer_is_refused(photos: Path, tmp_path: Path) -> None:
     backbone = TinyBackbone()
     data = ImageFolderDataModule(str(photos), num_workers=0, preprocessing=backbone.preprocessing)
     quiet = {"logger": False, "enable_progress_bar": False, "enable_checkpointing": False}
-    trainer = pl.Trainer(max_epochs=1, **quiet)  # type: ignore[arg-type]  # all are bool
+    trainer = pl.Trainer(max_epochs=1, **quiet)  # type: ignore[arg-type]  # all values are bool
     trainer.fit(LinearProbe(backbone, num_classes=3, optimizer=torch.optim.SGD), data)
     trainer.save_checkpoint(tmp_path / "sgd.ckpt")
     again = LinearProbe.load_from_checkpoint(tmp_path / "sgd.ckpt")
-    with pytest.raises(
-        ValueError, match="cannot restore its optimizer; to train on, build the classifier with them"
-    ):
-        pl.Trainer(max_epochs=2, **quiet).fit(again, data)  # type: ignore[arg-type]  # all are bool
+    with pytest.raises(ValueError, match="cannot restore its optimizer; to train on, build the classifier with them"):
+        pl.Trainer(max_epochs=2, **quiet).fit(again, data)  # type: ignore[arg-type]  # all values are bool

@@ -1,3 +1,5 @@
+"""Any head trains on a frozen backbone, on its pooled features or on its spatial map."""
+
 import functools
 from collections.abc import Callable
 from pathlib import Path
@@ -20,12 +22,12 @@ HEADS: dict[str, Callable[[int, int], nn.Module]] = {
     "mlp": functools.partial(MLPHead, hidden=[8], norm="layer"),
     "cosine": CosineHead,
     "conv": functools.partial(ConvHead, channels=6),
-    "torch's own": nn.Linear,
+    "torch.nn.Linear": nn.Linear,
 }
 
 
 @pytest.mark.parametrize("kind", HEADS)
-def test_head_trains_alone_and_comes_back(kind: str, photos: Path, tmp_path: Path) -> None:
+def test_head_trains_alone_and_is_restored_from_its_checkpoint(kind: str, photos: Path, tmp_path: Path) -> None:
     model = CustomHeadClassifier(TinyBackbone(), 3, HEADS[kind], lr=0.01)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     run = trainer(tmp_path, max_epochs=2)
@@ -39,7 +41,7 @@ def test_head_trains_alone_and_comes_back(kind: str, photos: Path, tmp_path: Pat
         assert torch.equal(again(pictures), model.eval()(pictures))
 
 
-def test_resnet18_with_a_convolution_on_its_map(tmp_path: Path) -> None:
+def test_conv_head_trains_alone_on_the_spatial_map_of_resnet18(tmp_path: Path) -> None:
     model = CustomHeadClassifier(small("resnet18"), 3, functools.partial(ConvHead, channels=256), lr=0.01)
     assert isinstance(model.head, ConvHead)
     assert (model.head.conv.in_channels, model.head.conv.out_channels, model.head.conv.kernel_size) == (
@@ -51,7 +53,7 @@ def test_resnet18_with_a_convolution_on_its_map(tmp_path: Path) -> None:
     assert moved(model, before) == {f"head.{name}" for name, _ in model.head.named_parameters()}
 
 
-def test_map_of_a_token_model_is_formed_from_its_patches() -> None:
+def test_spatial_map_of_a_vit_is_formed_from_its_patch_tokens() -> None:
     model = CustomHeadClassifier(TimmBackbone("test_vit", weights=None), 3, ConvHead).eval()
     seen = []
     model.head.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].shape))
@@ -64,7 +66,7 @@ def local_head(in_features: int, num_classes: int) -> nn.Module:
     return nn.Linear(in_features, num_classes)
 
 
-def test_head_that_no_checkpoint_could_bring_back_is_refused() -> None:
+def test_local_heads_and_map_heads_on_pooled_features_are_refused() -> None:
     class Local(nn.Linear):
         pass
 
@@ -82,8 +84,11 @@ def test_head_that_no_checkpoint_could_bring_back_is_refused() -> None:
         ({"class_path": "tl_lightning.heads.ConvHead", "init_args": {"channels": 5}}, ConvHead),
         ({"class_path": "torch.nn.Linear", "init_args": {"bias": False}}, nn.Linear),
     ],
+    ids=["MLPHead", "ConvHead", "torch.nn.Linear"],
 )
-def test_head_by_class_path(head: dict[str, object], expected: type[nn.Module], photos: Path, tmp_path: Path) -> None:
+def test_head_is_chosen_by_class_path_in_a_configuration(
+    head: dict[str, object], expected: type[nn.Module], photos: Path, tmp_path: Path
+) -> None:
     config = {
         "backbone": {"class_path": "tests.doubles.TinyBackbone"},
         "data": {"class_path": "ImageFolderDataModule", "init_args": {"root": str(photos), "num_workers": 0}},

@@ -1,4 +1,4 @@
-"""Heads that are solved for come out the same from images, from stored features, and on ranks."""
+"""Closed-form heads are the same from images, from cached features and on two ranks."""
 
 from functools import partial
 from pathlib import Path
@@ -22,8 +22,8 @@ from tl_lightning.utils.hashing import fingerprint
 
 HEADS: dict[str, HeadCallable] = {
     "logistic regression": LogisticRegressionHead,
-    "given C": partial(LogisticRegressionHead, C=0.1),
-    "neighbours": partial(NearestNeighbourHead, neighbours=5),
+    "logistic regression with given C": partial(LogisticRegressionHead, C=0.1),
+    "nearest neighbours": partial(NearestNeighbourHead, neighbours=5),
     "class means": ClassMeanHead,
 }
 
@@ -38,33 +38,37 @@ def fit(photos: str | Path, folder: Path, head: str, cache: Path | None, **optio
 
 
 @pytest.mark.parametrize("head", HEADS)
-def test_same_from_images_and_from_what_is_stored(head: str, photos: Path, tmp_path: Path) -> None:
+def test_head_is_the_same_from_images_and_from_cached_features(head: str, photos: Path, tmp_path: Path) -> None:
     from_images = fit(photos, tmp_path, head, None)
     assert fit(photos, tmp_path, head, tmp_path / "cache") == from_images
     assert from_images[1] >= 0.5
 
 
-def test_views_are_refused(photos: Path, tmp_path: Path) -> None:
+def test_augmented_views_are_refused(photos: Path, tmp_path: Path) -> None:
     backbone = TinyBackbone()
     data = cached(photos, tmp_path / "cache", backbone, views=2)
-    with pytest.raises(ValueError, match=r"data\.views is 2, but the head is solved for on the images without augmentation"):
+    with pytest.raises(
+        ValueError, match=r"data\.views is 2, but the head is solved for on the images without augmentation"
+    ):
         trainer(tmp_path).fit(FeatureCacheClassifier(backbone, 3), data)
 
 
-def on_ranks(world: int, photos: str, folder: str) -> dict[str, tuple[str, float]]:
+def fit_all_heads(world: int, photos: str, folder: str) -> dict[str, tuple[str, float]]:
     options = {"devices": world, "strategy": "ddp" if world > 1 else "auto"}
     return {head: fit(photos, Path(folder), head, Path(folder) / "cache", **options) for head in HEADS}
 
 
-def test_same_on_two_ranks(tmp_path: Path) -> None:
+def test_heads_are_the_same_on_two_ranks(tmp_path: Path) -> None:
     photos = image_folder(tmp_path / "photos", {"ant": 12, "bee": 16, "cat": 14})
-    assert len(images(photos).splits["train"].files) == 25  # so that two ranks see one image twice
-    one = run_on_ranks(__name__, "on_ranks", tmp_path / "one", world=1, photos=str(photos), folder=str(tmp_path))
-    two = run_on_ranks(__name__, "on_ranks", tmp_path / "two", world=2, photos=str(photos), folder=str(tmp_path))
+    assert len(images(photos).splits["train"].files) == 25  # odd, so that two ranks see one image twice
+    one = run_on_ranks(__name__, "fit_all_heads", tmp_path / "one", world=1, photos=str(photos), folder=str(tmp_path))
+    two = run_on_ranks(__name__, "fit_all_heads", tmp_path / "two", world=2, photos=str(photos), folder=str(tmp_path))
     assert two == [one[0], one[0]]
 
 
-class Features(pl.Callback):
+class BatchRecorder(pl.Callback):
+    """Record the inputs and targets of each training batch."""
+
     def __init__(self) -> None:
         self.rows: list[Tensor] = []
         self.targets: list[Tensor] = []
@@ -74,10 +78,10 @@ class Features(pl.Callback):
         self.targets.append(args[0].target)
 
 
-def test_the_solution_is_scikit_learns(photos: Path, tmp_path: Path) -> None:
+def test_logistic_regression_gives_the_probabilities_of_scikit_learn(photos: Path, tmp_path: Path) -> None:
     backbone = TinyBackbone()
     model = FeatureCacheClassifier(backbone, 3, partial(LogisticRegressionHead, C=0.1, tolerance=1e-6))
-    seen = Features()
+    seen = BatchRecorder()
     trainer(tmp_path, seen).fit(model, cached(photos, tmp_path / "cache", backbone))
     assert isinstance(model.head, LogisticRegressionHead)
     standard = model.head.standardize.eval()(torch.cat(seen.rows))
@@ -88,7 +92,7 @@ def test_the_solution_is_scikit_learns(photos: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("head", HEADS)
-def test_checkpoint_is_a_classifier_of_images(head: str, photos: Path, tmp_path: Path) -> None:
+def test_checkpoint_of_a_closed_form_head_classifies_images(head: str, photos: Path, tmp_path: Path) -> None:
     backbone = TinyBackbone()
     model = FeatureCacheClassifier(backbone, 3, HEADS[head])
     best = ModelCheckpoint(tmp_path, "best", monitor="val_loss", save_last=True)
@@ -103,7 +107,7 @@ def test_checkpoint_is_a_classifier_of_images(head: str, photos: Path, tmp_path:
     assert trainer(tmp_path).test(loaded, images(photos), verbose=False) == expected
 
 
-def test_head_loads_into_a_probe_and_back(photos: Path, tmp_path: Path) -> None:
+def test_head_weights_load_into_a_linear_probe_and_back(photos: Path, tmp_path: Path) -> None:
     backbone = TinyBackbone()
     model = FeatureCacheClassifier(backbone, 3)
     data = cached(photos, tmp_path / "cache", backbone)
@@ -117,12 +121,12 @@ def test_head_loads_into_a_probe_and_back(photos: Path, tmp_path: Path) -> None:
     assert torch.equal(probe.eval()(pixels), model.eval()(pixels))
 
 
-def test_found_is_told(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_chosen_penalty_is_printed(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     fit(photos, tmp_path, "logistic regression", None)
     assert "LogisticRegressionHead: C = " in capsys.readouterr().out
 
 
-def test_what_cannot_be_is_refused(photos: Path, tmp_path: Path) -> None:
+def test_trained_heads_averaging_unfreezing_and_few_images_are_refused(photos: Path, tmp_path: Path) -> None:
     backbone = TinyBackbone()
     with pytest.raises(ValueError, match="MLPHead is trained step by step: use it with CustomHeadClassifier"):
         FeatureCacheClassifier(backbone, 3, MLPHead)
@@ -135,16 +139,18 @@ def test_what_cannot_be_is_refused(photos: Path, tmp_path: Path) -> None:
         trainer(tmp_path).fit(FeatureCacheClassifier(backbone, 2), images(few, val_fraction=0.1))
 
 
-def test_resumed_within_its_pass_is_refused(photos: Path, tmp_path: Path) -> None:
-    class Stop(pl.Callback):
+def test_resuming_within_the_only_pass_is_refused(photos: Path, tmp_path: Path) -> None:
+    class SaveWithinPass(pl.Callback):
         def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
             if args[2] == 0:
                 trainer.save_checkpoint(tmp_path / "within.ckpt")
 
-    trainer(tmp_path, Stop(), enable_checkpointing=False).fit(FeatureCacheClassifier(TinyBackbone(), 3), images(photos))
-    again = trainer(tmp_path)
+    trainer(tmp_path, SaveWithinPass(), enable_checkpointing=False).fit(
+        FeatureCacheClassifier(TinyBackbone(), 3), images(photos)
+    )
+    resumed = trainer(tmp_path)
     with pytest.raises(ValueError, match="resumed within its only pass"):
-        again.fit(
+        resumed.fit(
             FeatureCacheClassifier(TinyBackbone(), 3),
             images(photos),
             ckpt_path=tmp_path / "within.ckpt",
@@ -153,6 +159,8 @@ def test_resumed_within_its_pass_is_refused(photos: Path, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("precision", ["64-true", "bf16-true"])
-def test_other_precision_is_refused(precision: Any, photos: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=f"precision is {precision}, but the head is solved for in single precision: use 32-true"):
+def test_precision_other_than_single_or_mixed_is_refused(precision: Any, photos: Path, tmp_path: Path) -> None:
+    with pytest.raises(
+        ValueError, match=f"precision is {precision}, but the head is solved for in single precision: use 32-true"
+    ):
         trainer(tmp_path, precision=precision).fit(FeatureCacheClassifier(TinyBackbone(), 3), images(photos))

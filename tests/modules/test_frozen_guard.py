@@ -1,3 +1,5 @@
+"""A changed frozen tensor ends the run with an error, and frozen stages compute the same in training."""
+
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ from tl_lightning.modules import LinearProbe, PartialFineTuning
 
 
 class Drift(pl.Callback):
-    """Change one number of one tensor in one epoch."""
+    """Add 1 to the first number of a tensor after each batch of one epoch."""
 
     def __init__(self, name: str, epoch: int) -> None:
         self.name = name
@@ -38,7 +40,7 @@ class Drift(pl.Callback):
         ("backbone.model.layer3.norm.num_batches_tracked", 4),
     ],
 )
-def test_drift_stops_the_run_and_is_named(name: str, epoch: int, photos: Path, tmp_path: Path) -> None:
+def test_changed_frozen_tensor_stops_the_run_and_is_named(name: str, epoch: int, photos: Path, tmp_path: Path) -> None:
     callbacks = [StagedUnfreezing(SCHEDULE), Drift(name, epoch)]
     run = trainer(tmp_path, *callbacks)
     with pytest.raises(FrozenDriftError, match=f"^{name} changed while frozen"):
@@ -46,12 +48,14 @@ def test_drift_stops_the_run_and_is_named(name: str, epoch: int, photos: Path, t
     assert run.current_epoch <= epoch + 2
 
 
-def test_what_trains_is_no_drift(photos: Path, tmp_path: Path) -> None:
+def test_trained_tensors_do_not_stop_the_run(photos: Path, tmp_path: Path) -> None:
     trainer(tmp_path, StagedUnfreezing({1: "layer1"})).fit(classifier(train_bn=True), images(photos))
     trainer(tmp_path).fit(LinearProbe(TinyBackbone(), 3), images(photos))
 
 
-def test_guard_is_there_by_itself_and_once(photos: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_guard_is_added_to_every_run_exactly_once(
+    photos: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     run = trainer(tmp_path, FrozenGuard())
     for _ in range(2):
         run.fit(LinearProbe(TinyBackbone(), 3), images(photos))
@@ -60,6 +64,8 @@ def test_guard_is_there_by_itself_and_once(photos: Path, tmp_path: Path, caplog:
 
 
 class CallsTrain(pl.Callback):
+    """Set train mode after each batch, as a user may do by hand."""
+
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
         pl_module.get_submodule("backbone").train()
         pl_module.train()
@@ -72,14 +78,16 @@ NETWORKS: dict[str, tuple[Callable[[], Backbone], str]] = {
 }
 
 
-@pytest.mark.parametrize("by_hand", [False, True])
+@pytest.mark.parametrize("by_hand", [False, True], ids=["mode left alone", "train mode set by hand"])
 @pytest.mark.parametrize("kind", NETWORKS)
-def test_frozen_part_is_the_same_in_training(kind: str, by_hand: bool, photos: Path, tmp_path: Path) -> None:
+def test_frozen_stages_keep_their_bits_and_compute_the_same_in_training(
+    kind: str, by_hand: bool, photos: Path, tmp_path: Path
+) -> None:
     make, first = NETWORKS[kind]
     backbone = make()
     prefix, suffix = backbone.split(first)
     before = {name: tensor.clone() for name, tensor in prefix.state_dict().items()}
-    moves = {name: tensor.clone() for name, tensor in suffix.named_parameters()}
+    trainable_before = {name: tensor.clone() for name, tensor in suffix.named_parameters()}
     model = PartialFineTuning(backbone, 3, unfreeze_from=first, lr=0.01)
     data = ImageFolderDataModule(
         str(photos), batch_size=8, num_workers=0, augment=False, preprocessing=backbone.preprocessing
@@ -87,14 +95,14 @@ def test_frozen_part_is_the_same_in_training(kind: str, by_hand: bool, photos: P
     seen: list[Tensor] = []
     run_suffix = model.run_suffix
 
-    def look(part: Any, inputs: Tensor) -> Tensor:
+    def record(part: Any, inputs: Tensor) -> Tensor:
         seen.append(inputs)
         return run_suffix(part, inputs)
 
-    model.run_suffix = look  # type: ignore[method-assign, assignment]  # to see what comes in
+    model.run_suffix = record  # type: ignore[method-assign, assignment]  # records the output of the frozen stages
     trainer(tmp_path, *([CallsTrain()] if by_hand else []), max_epochs=2).fit(model, data)
     assert all(torch.equal(tensor, before[name]) for name, tensor in prefix.state_dict().items())
-    assert all(not torch.equal(tensor, moves[name]) for name, tensor in suffix.named_parameters())
+    assert all(not torch.equal(tensor, trainable_before[name]) for name, tensor in suffix.named_parameters())
     model.eval()
     loader = data.train_dataloader()
     loader.sampler.set_epoch(0)
@@ -102,4 +110,4 @@ def test_frozen_part_is_the_same_in_training(kind: str, by_hand: bool, photos: P
         features = [prefix(batch.inputs) for batch in loader]
     training = [inputs for inputs in seen if len(inputs) != 4][: len(features)]
     assert all(torch.equal(given, expected) for given, expected in zip(training, features, strict=True))
-    assert not any(inputs.requires_grad for inputs in seen), "the frozen part made an autograd graph"
+    assert not any(inputs.requires_grad for inputs in seen), "the frozen stages built an autograd graph"

@@ -1,3 +1,5 @@
+"""A linear probe trains its head alone, logs correct metrics, and refuses wrong input before training."""
+
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -31,7 +33,7 @@ def data(photos: Path, backbone: Backbone, **options: Any) -> ImageFolderDataMod
 
 
 class CallsTrain(pl.Callback):
-    """What a user does by hand, at the worst moments."""
+    """Set train mode at the worst moments, as a user may do by hand."""
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         pl_module.train()
@@ -50,13 +52,15 @@ BACKBONES: dict[str, Callable[[], Backbone]] = {
     "resnet": lambda: TimmBackbone("test_resnet", weights=None),
     "vit": lambda: TimmBackbone("test_vit", weights=None),
     "convnext": lambda: TimmBackbone("test_convnext", weights=None),
-    "densenet, whose forward reads its mode": lambda: TorchvisionBackbone("densenet121", weights=None),
+    "densenet, which reads its mode in the forward pass": lambda: TorchvisionBackbone("densenet121", weights=None),
 }
 
 
 @pytest.mark.parametrize("kind", BACKBONES)
-@pytest.mark.parametrize("by_hand", [False, True])
-def test_frozen_means_frozen(kind: str, by_hand: bool, photos: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("by_hand", [False, True], ids=["mode left alone", "train mode set by hand"])
+def test_frozen_backbone_keeps_its_bits_and_computes_the_same_in_training(
+    kind: str, by_hand: bool, photos: Path, tmp_path: Path
+) -> None:
     backbone = BACKBONES[kind]()
     before = {name: tensor.clone() for name, tensor in backbone.state_dict().items()}
     model = LinearProbe(backbone, num_classes=3)
@@ -69,16 +73,16 @@ def test_frozen_means_frozen(kind: str, by_hand: bool, photos: Path, tmp_path: P
     for name, tensor in before.items():
         assert torch.equal(tensor, after[name]), name
     assert not any(p.requires_grad for p in backbone.parameters())
-    assert not seen[0].requires_grad, "the frozen part made an autograd graph"
+    assert not seen[0].requires_grad, "the frozen backbone built an autograd graph"
 
-    # Train features are eval features.
+    # Features in training equal features in evaluation.
     first = next(iter(module.train_dataloader()))
     model.eval()
     with torch.no_grad():
         assert torch.equal(backbone(first.inputs), seen[0])
 
 
-def test_mode_is_held_by_train_itself() -> None:
+def test_train_leaves_the_frozen_backbone_in_eval_mode() -> None:
     model = LinearProbe(TinyBackbone(), num_classes=3)
     model.train()
     assert model.head.training
@@ -87,7 +91,7 @@ def test_mode_is_held_by_train_itself() -> None:
     assert not model.head.training
 
 
-def test_mixed_precision_leaves_the_frozen_part_alone() -> None:
+def test_frozen_backbone_runs_in_full_precision_under_autocast() -> None:
     model = LinearProbe(TinyBackbone(), num_classes=3).eval()
     images = torch.randn(4, 3, 16, 16)
     seen: list[Tensor] = []
@@ -100,7 +104,7 @@ def test_mixed_precision_leaves_the_frozen_part_alone() -> None:
     assert torch.equal(*seen)
 
 
-def test_head_learns(photos: Path, tmp_path: Path) -> None:
+def test_probe_learns_to_tell_the_classes_apart(photos: Path, tmp_path: Path) -> None:
     backbone = TinyBackbone()
     model = LinearProbe(backbone, num_classes=3, lr=0.05)
     run = trainer(tmp_path, max_epochs=20)
@@ -110,7 +114,10 @@ def test_head_learns(photos: Path, tmp_path: Path) -> None:
 
 
 class Losses(pl.Callback):
-    """The training loss as a callback finds it at the end of an epoch, and the true mean; may stop a run within an epoch."""
+    """Record the training loss that is logged at the end of each epoch, and the true mean.
+
+    With ``stop``, fail after the first batch.
+    """
 
     def __init__(self, stop: bool = False) -> None:
         self.stop = stop
@@ -132,7 +139,7 @@ class Losses(pl.Callback):
         self._sum = self._count = 0.0
 
 
-def test_training_loss_is_that_of_each_epoch_also_after_an_interrupted_fit(photos: Path, tmp_path: Path) -> None:
+def test_train_loss_is_the_mean_of_each_epoch_even_after_an_interrupted_fit(photos: Path, tmp_path: Path) -> None:
     model = LinearProbe(TinyBackbone(), num_classes=3)
     module = data(photos, model.backbone)
     with pytest.raises(RuntimeError, match="stopped"):
@@ -143,7 +150,7 @@ def test_training_loss_is_that_of_each_epoch_also_after_an_interrupted_fit(photo
     assert losses.found == pytest.approx(losses.true, rel=1e-6)
 
 
-def test_whole_head_is_in_one_group_each_and_biases_are_not_decayed(photos: Path, tmp_path: Path) -> None:
+def test_each_head_parameter_is_in_one_group_and_biases_have_no_weight_decay(photos: Path, tmp_path: Path) -> None:
     model = LinearProbe(TinyBackbone(), num_classes=3)
     run = trainer(tmp_path, max_epochs=1)
     run.fit(model, data(photos, model.backbone))
@@ -153,7 +160,7 @@ def test_whole_head_is_in_one_group_each_and_biases_are_not_decayed(photos: Path
     assert sorted(members) == sorted(id(p) for p in model.head.parameters())
 
 
-def test_metrics_are_right_over_uneven_batches(photos: Path, tmp_path: Path) -> None:
+def test_metrics_do_not_depend_on_the_batch_size(photos: Path, tmp_path: Path) -> None:
     backbone = TinyBackbone()
     results = []
     for size in (1, 4, 100):
@@ -168,7 +175,7 @@ def test_metrics_are_right_over_uneven_batches(photos: Path, tmp_path: Path) -> 
         assert other["val_loss"] == pytest.approx(results[0]["val_loss"], rel=1e-6)
 
 
-def test_scores_are_those_of_scikit_learn(photos: Path, tmp_path: Path) -> None:
+def test_accuracy_and_f1_equal_those_of_scikit_learn(photos: Path, tmp_path: Path) -> None:
     from sklearn.metrics import accuracy_score, f1_score
 
     backbone = TinyBackbone()
@@ -185,7 +192,7 @@ def test_scores_are_those_of_scikit_learn(photos: Path, tmp_path: Path) -> None:
     assert scores["val_f1"] == pytest.approx(f1_score(target, predicted, average="macro"))
 
 
-def test_researcher_overrides_one_method(photos: Path, tmp_path: Path) -> None:
+def test_subclass_may_override_the_loss_alone(photos: Path, tmp_path: Path) -> None:
     class Smoothed(LinearProbe):
         def compute_loss(self, logits: Tensor, target: Tensor) -> Tensor:
             return nn.functional.cross_entropy(logits, target, label_smoothing=0.9)
@@ -198,7 +205,7 @@ def test_researcher_overrides_one_method(photos: Path, tmp_path: Path) -> None:
     assert float(run.callback_metrics["val_loss"]) > 0.9
 
 
-def test_continuing_from_any_boundary_gives_the_same_scores() -> None:
+def test_forward_from_any_boundary_gives_the_same_logits() -> None:
     model = LinearProbe(TinyBackbone(), num_classes=3).eval()
     images = torch.randn(4, 3, 16, 16)
     with torch.no_grad():
@@ -208,29 +215,29 @@ def test_continuing_from_any_boundary_gives_the_same_scores() -> None:
         assert torch.equal(model.forward_from(model.backbone(images), "head"), expected)
 
 
-# Optimizers and schedules ---------------------------------------------------------------------------------------------
+# Optimizers and schedulers --------------------------------------------------------------------------------------------
 
 
-def optimizers(model: LinearProbe, photos: Path, folder: Path) -> tuple[torch.optim.Optimizer, Any]:
+def fit_for_optimizer(model: LinearProbe, photos: Path, folder: Path) -> tuple[torch.optim.Optimizer, Any]:
     run = trainer(folder, max_epochs=1)
     run.fit(model, data(photos, model.backbone))
     return run.optimizers[0], run.lr_scheduler_configs
 
 
-def test_users_optimizer_has_its_own_defaults(photos: Path, tmp_path: Path) -> None:
+def test_users_optimizer_keeps_its_own_defaults(photos: Path, tmp_path: Path) -> None:
     model = LinearProbe(TinyBackbone(), num_classes=3, lr=0.5, optimizer=torch.optim.SGD)
-    optimizer, _ = optimizers(model, photos, tmp_path)
+    optimizer, _ = fit_for_optimizer(model, photos, tmp_path)
     assert isinstance(optimizer, torch.optim.SGD)
     assert all(group["weight_decay"] == 0 and group["initial_lr"] == 0.5 for group in optimizer.param_groups)
 
 
-def test_learning_rate_in_two_places_is_an_error(photos: Path, tmp_path: Path) -> None:
+def test_learning_rate_given_twice_is_refused(photos: Path, tmp_path: Path) -> None:
     model = LinearProbe(TinyBackbone(), num_classes=3, optimizer=lambda groups: torch.optim.SGD(groups, lr=0.1))
     with pytest.raises(ValueError, match=r"SGD was given lr=0\.1, which would be ignored.*model.init_args.lr"):
-        optimizers(model, photos, tmp_path)
+        fit_for_optimizer(model, photos, tmp_path)
 
 
-def test_default_schedule_warms_up_and_ends_at_zero(photos: Path, tmp_path: Path) -> None:
+def test_default_scheduler_warms_up_and_ends_near_zero(photos: Path, tmp_path: Path) -> None:
     rates: list[float] = []
 
     class Trace(pl.Callback):
@@ -249,18 +256,18 @@ def test_default_schedule_warms_up_and_ends_at_zero(photos: Path, tmp_path: Path
 
 
 @pytest.mark.parametrize(("interval", "steps"), [("epoch", 1), ("step", 4)])
-def test_users_schedule_counts_what_was_asked_for(interval: Any, steps: int, photos: Path, tmp_path: Path) -> None:
+def test_users_scheduler_steps_at_the_given_interval(interval: Any, steps: int, photos: Path, tmp_path: Path) -> None:
     model = LinearProbe(
         TinyBackbone(),
         num_classes=3,
         scheduler=lambda optimizer: torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5),
         scheduler_interval=interval,
     )
-    _, (config,) = optimizers(model, photos, tmp_path)
+    _, (config,) = fit_for_optimizer(model, photos, tmp_path)
     assert config.scheduler.last_epoch == steps
 
 
-def test_schedule_without_an_end_is_refused(photos: Path, tmp_path: Path) -> None:
+def test_default_scheduler_without_a_run_length_is_refused(photos: Path, tmp_path: Path) -> None:
     model = LinearProbe(TinyBackbone(), num_classes=3)
     with pytest.raises(ValueError, match="set max_epochs or max_steps"):
         trainer(tmp_path, max_epochs=-1).fit(model, data(photos, model.backbone))
@@ -269,24 +276,24 @@ def test_schedule_without_an_end_is_refused(photos: Path, tmp_path: Path) -> Non
 # Wrong input ----------------------------------------------------------------------------------------------------------
 
 
-def test_wrong_number_of_classes_is_found_before_training(photos: Path, tmp_path: Path) -> None:
+def test_wrong_number_of_classes_is_refused_before_training(photos: Path, tmp_path: Path) -> None:
     model = LinearProbe(TinyBackbone(), num_classes=5)
     with pytest.raises(ValueError, match="num_classes is 5, but the data has 3 classes: ant, bee, cat"):
         trainer(tmp_path).fit(model, data(photos, model.backbone))
 
 
-def test_classes_in_another_order(photos: Path, tmp_path: Path) -> None:
+def test_classes_in_another_order_are_refused(photos: Path, tmp_path: Path) -> None:
     model = LinearProbe(TinyBackbone(), num_classes=3, class_names=["cat", "bee", "ant"])
     with pytest.raises(ValueError, match="must be the same, in the same order"):
         trainer(tmp_path).test(model, data(photos, model.backbone))
 
 
-def test_one_class() -> None:
+def test_single_class_is_refused() -> None:
     with pytest.raises(ValueError, match="num_classes is 1"):
         LinearProbe(TinyBackbone(), num_classes=1)
 
 
-def test_what_could_not_be_saved_is_refused_at_construction() -> None:
+def test_local_class_is_refused_at_construction() -> None:
     class Local(LinearProbe):
         pass
 
@@ -294,7 +301,7 @@ def test_what_could_not_be_saved_is_refused_at_construction() -> None:
         Local(TinyBackbone(), num_classes=3)
 
 
-def test_probe_is_a_transfer_classifier_with_one_head_of_its_own() -> None:
+def test_probe_adds_only_a_head_to_the_transfer_classifier() -> None:
     own = {name for name in vars(LinearProbe) if name not in vars(type("Empty", (), {}))}
     assert own - {"__firstlineno__", "__static_attributes__"} == {"__init__", "build_head"}
     assert issubclass(LinearProbe, TransferClassifier)
@@ -302,7 +309,7 @@ def test_probe_is_a_transfer_classifier_with_one_head_of_its_own() -> None:
     assert one == same != other
 
 
-def test_validation_before_and_between_fits(photos: Path, tmp_path: Path) -> None:
+def test_probe_validates_before_and_between_fits(photos: Path, tmp_path: Path) -> None:
     model = LinearProbe(TinyBackbone(), num_classes=3)
     module = data(photos, model.backbone)
     for _ in range(2):
@@ -310,7 +317,7 @@ def test_validation_before_and_between_fits(photos: Path, tmp_path: Path) -> Non
         trainer(tmp_path, max_epochs=1).fit(model, module)
 
 
-def test_data_prepared_for_another_backbone(photos: Path, tmp_path: Path) -> None:
+def test_data_prepared_for_another_backbone_is_refused(photos: Path, tmp_path: Path) -> None:
     model = LinearProbe(TinyBackbone(), num_classes=3)
     other = model.backbone.preprocessing._replace(mean=(0.0, 0.0, 0.0))
     with pytest.raises(
@@ -319,15 +326,15 @@ def test_data_prepared_for_another_backbone(photos: Path, tmp_path: Path) -> Non
         trainer(tmp_path).fit(model, data(photos, model.backbone, preprocessing=other))
 
 
-def test_backbone_that_was_replaced_is_found_before_training(photos: Path, tmp_path: Path) -> None:
+def test_replaced_backbone_is_refused_before_training(photos: Path, tmp_path: Path) -> None:
     model = LinearProbe(TinyBackbone(), num_classes=3)
-    model.backbone = torch.compile(model.backbone)  # type: ignore[assignment]  # what a user would do
+    model.backbone = torch.compile(model.backbone)  # type: ignore[assignment]  # as a user may do
     with pytest.raises(ValueError, match=r"not the one that it was given.*torch\.compile\(classifier\)"):
         trainer(tmp_path).fit(model, data(photos, TinyBackbone()))
 
 
 @pytest.mark.filterwarnings("ignore:the learning rates followed a schedule:UserWarning")
-def test_rate_changed_on_resume_is_not_passed_over_in_silence(photos: Path, tmp_path: Path) -> None:
+def test_learning_rate_changed_on_resume_gives_a_warning(photos: Path, tmp_path: Path) -> None:
     model = LinearProbe(TinyBackbone(), num_classes=3, lr=0.01)
     module = data(photos, model.backbone)
     run = trainer(tmp_path, max_epochs=1)

@@ -1,4 +1,4 @@
-"""A subclass may override any hook of Lightning without ``super()``, and set attributes whenever it likes."""
+"""A subclass may override any hook of Lightning without ``super()``, and set attributes at any time."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -32,11 +32,11 @@ HOOKS = (
     "on_save_checkpoint",
     "on_load_checkpoint",
 )
-"""All hooks that TransferClassifier has ever overridden."""
+"""Each hook that TransferClassifier has ever overridden."""
 
 
 class DropoutFineTuning(PartialFineTuning):
-    """Random draws in the head, and batch norm statistics that change."""
+    """Use a head with dropout and running statistics, which a resumed run must restore."""
 
     def build_head(self, in_features: int, num_classes: int) -> nn.Module:
         return LinearHead(in_features, num_classes, standardize=True, dropout=0.5)
@@ -53,7 +53,7 @@ globals().update({cls.__name__: cls for cls in CLASSES.values()})  # importable,
 
 
 class OwnStep(DropoutFineTuning):
-    """Its own training step and optimizer, as in a plain LightningModule."""
+    """Define the training step and the optimizer, as a plain LightningModule does."""
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         return nn.functional.cross_entropy(self(batch.inputs), batch.target, label_smoothing=0.1)
@@ -65,7 +65,7 @@ class OwnStep(DropoutFineTuning):
 def fit(
     cls: type[PartialFineTuning], photos: Path, folder: Path, resume: Path | None = None, **options: Any
 ) -> dict[str, Any]:
-    torch.manual_seed(0 if resume is None else 99)  # a resumed process starts from another random state
+    torch.manual_seed(0 if resume is None else 99)  # a resumed process starts from another RNG state
     model = cls(TinyBackbone(), num_classes=3, unfreeze_from="layer2", lr=0.01, backbone_lr=0.005, train_bn=True)
     data = images(photos, batch_size=8)
     saves = ModelCheckpoint(folder, "{step}", save_top_k=-1, every_n_train_steps=1, save_on_train_epoch_end=False)
@@ -78,40 +78,40 @@ def fit(
 
 
 @pytest.mark.parametrize("cls", [*CLASSES.values(), OwnStep], ids=[*HOOKS, "training_step, configure_optimizers"])
-def test_a_subclass_that_overrides_a_hook_resumes_exactly(
+def test_subclass_that_overrides_a_hook_resumes_with_the_same_bits(
     cls: type[PartialFineTuning], photos: Path, tmp_path: Path
 ) -> None:
     whole = fit(cls, photos, tmp_path)
     expected = whole if cls is OwnStep else fit(DropoutFineTuning, photos, tmp_path / "plain")
-    assert whole == expected, "the hook changes the run"
-    for step in (2, 4, 6):  # within the first epoch, at its end, and within the second one, where stages have unfrozen
+    assert whole == expected, "the overridden hook changes the run"
+    for step in (2, 4, 6):  # within the first epoch, at its end, and after stages were unfrozen
         assert fit(cls, photos, tmp_path, resume=tmp_path / f"step={step}.ckpt") == whole, step
     loaded = cls.load_from_checkpoint(tmp_path / f"step={whole['steps']}.ckpt")
     assert type(loaded) is cls
     assert fingerprint(loaded.state_dict()) == whole["weights"]
 
 
-def test_callbacks_of_a_subclass_join_those_of_every_run(photos: Path, tmp_path: Path) -> None:
+def test_callbacks_of_a_subclass_join_the_callbacks_of_every_run(photos: Path, tmp_path: Path) -> None:
     run = trainer(tmp_path, max_epochs=1)
     run.fit(WithCallback(TinyBackbone(), num_classes=3), images(photos))
     names = [type(callback).__name__ for callback in run.callbacks]  # type: ignore[attr-defined]
-    assert {"FrozenGuard", "StepOnPlateau", "SigtermHandler", "ExactResume", "Own"} <= set(names)
+    assert {"FrozenGuard", "StepOnPlateau", "SigtermHandler", "ExactResume", "OwnCallback"} <= set(names)
     assert len(names) == len(set(names))
     run.fit(WithCallback(TinyBackbone(), num_classes=3), images(photos))
-    assert sorted(type(callback).__name__ for callback in run.callbacks) == sorted(names), "added once"  # type: ignore[attr-defined]
+    assert sorted(type(callback).__name__ for callback in run.callbacks) == sorted(names), "added twice"  # type: ignore[attr-defined]
 
 
-class Own(pl.Callback):
+class OwnCallback(pl.Callback):
     pass
 
 
 class WithCallback(LinearProbe):
     def configure_callbacks(self) -> list[pl.Callback]:
-        return [Own()]
+        return [OwnCallback()]
 
 
 class EarlyModules(LinearProbe):
-    """Sets a module, a parameter, a buffer and an attribute before ``super().__init__()``, and a module after it."""
+    """Set a module, a parameter, a buffer and an attribute before ``super().__init__()``, and a module after it."""
 
     def __init__(self, backbone: TinyBackbone, num_classes: int, width: int = 5) -> None:
         self.width = width
@@ -129,7 +129,7 @@ class EarlyModules(LinearProbe):
         return super().compute_loss(self.late(logits) * self.temperature, target)
 
 
-def test_modules_may_be_set_before_and_after_super_init(photos: Path, tmp_path: Path) -> None:
+def test_modules_set_before_and_after_super_init_train_and_are_restored(photos: Path, tmp_path: Path) -> None:
     model = EarlyModules(TinyBackbone(), num_classes=3)
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
     names = set(before)
@@ -138,7 +138,7 @@ def test_modules_may_be_set_before_and_after_super_init(photos: Path, tmp_path: 
     run = trainer(tmp_path, max_epochs=1)
     run.fit(model, images(photos))
     for name in ("reduce.weight", "temperature", "late.weight"):
-        assert not torch.equal(before[name], model.get_parameter(name)), f"{name} trains"
+        assert not torch.equal(before[name], model.get_parameter(name)), f"{name} did not train"
     run.save_checkpoint(tmp_path / "saved.ckpt")
     loaded = TransferClassifier.load_from_checkpoint(tmp_path / "saved.ckpt")
     assert type(loaded) is EarlyModules

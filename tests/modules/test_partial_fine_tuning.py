@@ -1,3 +1,5 @@
+"""Partial fine-tuning trains the chosen stages and nothing else, each at its own learning rate."""
+
 import functools
 import math
 from pathlib import Path
@@ -26,12 +28,12 @@ from tl_lightning.utils.hashing import fingerprint
 
 
 def groups_of(model: TransferClassifier) -> dict[str, list[str]]:
-    """Return the names of each group's parameters, and make sure that each is in one group alone."""
+    """Return the parameter names of each group, and check that no parameter is in two groups."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     groups = model.parameter_groups()
     found = {group["name"]: [names[id(p)] for p in group["params"]] for group in groups}
-    every = [name for members in found.values() for name in members]
-    assert len(every) == len(set(every)), "a parameter is in two groups"
+    grouped = [name for members in found.values() for name in members]
+    assert len(grouped) == len(set(grouped)), "a parameter is in two groups"
     return found
 
 
@@ -39,30 +41,30 @@ def rates(model: TransferClassifier) -> dict[str, float]:
     return {group["name"]: group["lr"] for group in model.parameter_groups() if not group["name"].endswith("_no_decay")}
 
 
-# Groups ---------------------------------------------------------------------------------------------------------------
+# Parameter groups -----------------------------------------------------------------------------------------------------
 
 
-def test_rates_fall_from_the_head_to_the_deepest_stage() -> None:
+def test_learning_rates_fall_from_the_head_to_the_deepest_stage() -> None:
     model = classifier(lr=1e-2, backbone_lr=1e-3, layer_decay=0.5)
     expected = {"head": 1e-2, "layer3": 1e-3, "layer2": 5e-4, "layer1": 2.5e-4}
     assert rates(model) == pytest.approx(expected)
     assert rates(PartialFineTuning(TinyBackbone(), 3, 1, lr=1e-3)) == pytest.approx({"head": 1e-3, "layer3": 1e-4})
 
 
-def test_scales_and_biases_are_not_decayed() -> None:
+def test_scales_and_biases_have_no_weight_decay() -> None:
     for group in classifier().parameter_groups():
         for parameter in group["params"]:
             assert (parameter.ndim < 2) == (group.get("weight_decay") == 0.0)
 
 
-def test_whole_network_is_the_first_stage() -> None:
+def test_unfreezing_from_the_first_stage_trains_the_whole_network() -> None:
     model = PartialFineTuning(TinyBackbone(), 3, unfreeze_from="stem")
     assert all(p.requires_grad for p in model.parameters())
     assert {name for members in groups_of(model).values() for name in members} == dict(model.named_parameters()).keys()
 
 
 class NormedHead(nn.Module):
-    """Fresh norms and zero biases: equal in value to those of other layers."""
+    """Use new norm layers and zero biases, which are equal in value to those of other layers."""
 
     def __init__(self, in_features: int, num_classes: int) -> None:
         super().__init__()
@@ -78,7 +80,7 @@ class NormedHead(nn.Module):
 
 
 def fit(model: TransferClassifier, tmp_path: Path, *callbacks: pl.Callback, **options: Any) -> dict[str, Tensor]:
-    """Fit on a few small images and return what was there before."""
+    """Fit on a few small images, and return the parameters and buffers from before."""
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     names = [f"class {number}" for number in range(model.num_classes)]
     root = image_folder(tmp_path / "photos", dict.fromkeys(names, 6))
@@ -94,14 +96,14 @@ def moved(model: TransferClassifier, before: dict[str, Tensor]) -> set[str]:
 
 
 def small(name: str) -> Backbone:
-    """A network of torchvision on small images, so that it takes no time."""
+    """Build a torchvision backbone for small images, which makes tests fast."""
     backbone = TorchvisionBackbone(name, weights=None)
     backbone.preprocessing = backbone.preprocessing._replace(size=40, crop=32)
     return backbone
 
 
-def test_parameters_of_equal_value_are_all_trained(tmp_path: Path) -> None:
-    """Stock BaseFinetuning takes them for one another and leaves 10 of 60 tensors out."""
+def test_parameters_of_equal_value_all_train(tmp_path: Path) -> None:
+    """Lightning's BaseFinetuning compares parameters by value, and leaves 10 of 60 tensors out."""
     model = PartialFineTuning(small("resnet18"), 3, unfreeze_from="stem", head=NormedHead, lr=0.01)
     trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     grouped = {name for members in groups_of(model).values() for name in members}
@@ -124,7 +126,9 @@ def test_users_optimizer_keeps_its_own_weight_decay() -> None:
 
 
 @pytest.mark.parametrize("train_bn", [False, True])
-def test_batch_norm_of_unfrozen_stages(train_bn: bool, photos: Path, tmp_path: Path) -> None:
+def test_batch_norm_statistics_of_unfrozen_stages_move_only_with_train_bn(
+    train_bn: bool, photos: Path, tmp_path: Path
+) -> None:
     model = classifier(unfreeze_from="layer2", train_bn=train_bn)
     before = {name: buffer.clone() for name, buffer in model.named_buffers()}
     trainer(tmp_path, max_epochs=1).fit(model, images(photos))
@@ -156,7 +160,7 @@ def inception(name: str) -> TorchvisionBackbone:
         ("googlenet", "inception5a", {}),
     ],
 )
-def test_auxiliary_heads_are_there_where_their_branch_trains(name: str, first: str, expected: dict[str, float]) -> None:
+def test_auxiliary_heads_exist_where_their_stage_may_train(name: str, first: str, expected: dict[str, float]) -> None:
     backbone = inception(name)
     model = PartialFineTuning(backbone, 10, unfreeze_from=first)
     assert set(model.auxiliary_heads) == set(expected)
@@ -164,11 +168,11 @@ def test_auxiliary_heads_are_there_where_their_branch_trains(name: str, first: s
     batch = Batch(torch.randn(2, 3, *backbone.preprocessing.crop_shape), torch.tensor([3, 7]), torch.arange(2), None)
     losses: list[Tensor] = []
 
-    def one(logits: Tensor, target: Tensor) -> Tensor:
+    def constant_loss(logits: Tensor, target: Tensor) -> Tensor:
         losses.append(logits)
         return 1 + 0 * logits.sum()
 
-    model.compute_loss = one  # type: ignore[method-assign]  # so that the weights alone count
+    model.compute_loss = constant_loss  # type: ignore[method-assign]  # leaves only the loss weights
     loss = model.training_loss(batch)
     assert float(loss.detach()) == pytest.approx(1 + sum(expected.values()))
     assert [tuple(logits.shape) for logits in losses] == [(2, 10)] * (1 + len(expected))
@@ -179,10 +183,10 @@ def test_auxiliary_heads_are_there_where_their_branch_trains(name: str, first: s
     losses.clear()
     with torch.no_grad():
         model.training_loss(batch)
-    assert len(losses) == 1, "in evaluation the auxiliary heads do not run"
+    assert len(losses) == 1, "the auxiliary heads ran in evaluation"
 
 
-def test_auxiliary_head_waits_for_its_stage(tmp_path: Path) -> None:
+def test_auxiliary_head_trains_only_once_its_stage_is_unfrozen(tmp_path: Path) -> None:
     model = PartialFineTuning(inception("googlenet"), 2, unfreeze_from="inception4d", lr=0.01)
     before = fit(model, tmp_path, StagedUnfreezing({1: "inception5a"}), max_epochs=2)
     assert not any(name.startswith("auxiliary_heads") for name in moved(model, before))
@@ -195,7 +199,7 @@ def test_auxiliary_head_waits_for_its_stage(tmp_path: Path) -> None:
 # Heads and checkpoints ------------------------------------------------------------------------------------------------
 
 
-def test_head_of_ones_own_comes_back(photos: Path, tmp_path: Path) -> None:
+def test_users_head_is_restored_from_its_checkpoint(photos: Path, tmp_path: Path) -> None:
     head = functools.partial(MLPHead, hidden=[7], dropout=0.5)
     model = classifier(head=head, unfreeze_from=2)
     run = trainer(tmp_path, max_epochs=1)
@@ -231,12 +235,12 @@ def test_head_of_ones_own_comes_back(photos: Path, tmp_path: Path) -> None:
         ),
     ],
 )
-def test_wrong_options(options: dict[str, Any], message: str) -> None:
+def test_wrong_options_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         classifier(**options)
 
 
-def test_activations_from_before_the_trained_part_are_refused() -> None:
+def test_activations_from_before_the_trainable_stages_are_refused() -> None:
     model = classifier(unfreeze_from="layer2").eval()
     prefix, _ = model.backbone.split("layer1")
     with pytest.raises(
@@ -246,7 +250,7 @@ def test_activations_from_before_the_trained_part_are_refused() -> None:
 
 
 @pytest.mark.parametrize("first", ["stem", "layer2"])
-def test_continuing_from_a_boundary_gives_the_same_scores(first: str) -> None:
+def test_forward_from_any_trainable_boundary_gives_the_same_logits(first: str) -> None:
     model = classifier(unfreeze_from=first, head=CosineHead).eval()
     pictures = torch.randn(4, 3, 16, 16)
     with torch.no_grad():
@@ -257,7 +261,7 @@ def test_continuing_from_a_boundary_gives_the_same_scores(first: str) -> None:
         assert torch.equal(model.forward_from(model.backbone(pictures), "head"), expected)
 
 
-# Classic cache_keys, each with the mistake that is usually in it ---------------------------------------------------------
+# Classic recipes, each with a mistake that is common in them ----------------------------------------------------------
 
 
 def stages_of(names: set[str]) -> set[str]:
@@ -267,19 +271,19 @@ def stages_of(names: set[str]) -> set[str]:
 RESNET = {"conv1", "bn1", "layer1", "layer2", "layer3", "layer4"}
 
 
-def test_resnet18_probe_with_adam(tmp_path: Path) -> None:
+def test_resnet18_probe_with_adam_trains_only_the_head(tmp_path: Path) -> None:
     model = LinearProbe(small("resnet18"), 3, lr=1e-3, optimizer=torch.optim.Adam)
     assert stages_of(moved(model, fit(model, tmp_path))) == {"head"}
 
 
-def test_resnet18_with_sgd_and_momentum(tmp_path: Path) -> None:
+def test_resnet18_with_sgd_trains_all_stages_at_one_learning_rate(tmp_path: Path) -> None:
     sgd = functools.partial(torch.optim.SGD, momentum=0.9)
     model = PartialFineTuning(small("resnet18"), 3, "stem", lr=1e-3, backbone_lr=1e-3, layer_decay=1.0, optimizer=sgd)
     assert set(rates(model).values()) == {1e-3}
     assert stages_of(moved(model, fit(model, tmp_path))) == RESNET | {"head"}
 
 
-def test_resnet50_probe_then_late_stages_at_a_very_small_rate(tmp_path: Path) -> None:
+def test_resnet50_trains_its_late_stages_only_after_the_probe(tmp_path: Path) -> None:
     model = PartialFineTuning(small("resnet50"), 2, "layer3", lr=1e-3, backbone_lr=1e-5)
     before = fit(model, tmp_path, StagedUnfreezing({1: "layer3"}), max_epochs=1)
     assert stages_of(moved(model, before)) == {"head"}
@@ -287,13 +291,13 @@ def test_resnet50_probe_then_late_stages_at_a_very_small_rate(tmp_path: Path) ->
     assert stages_of(moved(model, before)) == {"head", "layer3", "layer4"}
 
 
-def test_resnet34_with_two_rates(tmp_path: Path) -> None:
+def test_resnet34_trains_head_and_backbone_at_two_learning_rates(tmp_path: Path) -> None:
     model = PartialFineTuning(small("resnet34"), 3, "stem", lr=1e-2, backbone_lr=1e-3, layer_decay=1.0)
     assert rates(model) == {"head": 1e-2} | dict.fromkeys(["layer4", "layer3", "layer2", "layer1", "stem"], 1e-3)
     assert stages_of(moved(model, fit(model, tmp_path))) == RESNET | {"head"}
 
 
-def test_inception_from_its_late_stages_on(tmp_path: Path) -> None:
+def test_inception_trains_its_late_stages_and_its_auxiliary_head(tmp_path: Path) -> None:
     model = PartialFineTuning(
         inception("inception_v3"), 10, "Mixed_6e", lr=1e-4, backbone_lr=1e-4, layer_decay=1.0, optimizer=torch.optim.SGD
     )
@@ -302,7 +306,7 @@ def test_inception_from_its_late_stages_on(tmp_path: Path) -> None:
     assert stages_of(moved(model, before)) == late | {"head", "auxiliary_heads"}
 
 
-def test_resnet18_with_an_mlp_head(tmp_path: Path) -> None:
+def test_resnet18_trains_its_last_stage_and_an_mlp_head(tmp_path: Path) -> None:
     head = functools.partial(MLPHead, hidden=[256])
     model = PartialFineTuning(small("resnet18"), 10, "layer4", head=head, lr=0.01)
     linear = [module for module in model.head.modules() if isinstance(module, nn.Linear)]
@@ -310,17 +314,21 @@ def test_resnet18_with_an_mlp_head(tmp_path: Path) -> None:
     assert stages_of(moved(model, fit(model, tmp_path))) == {"layer4", "head"}
 
 
-def test_resnet18_with_its_last_stage_unfrozen(tmp_path: Path) -> None:
+def test_unfreezing_from_1_trains_the_whole_last_stage_of_resnet18(tmp_path: Path) -> None:
     model = PartialFineTuning(small("resnet18"), 3, unfreeze_from=1, lr=0.01)
-    assert stages_of(moved(model, fit(model, tmp_path))) == {"layer4", "head"}, "a stage, not the last tensor"
+    assert stages_of(moved(model, fit(model, tmp_path))) == {"layer4", "head"}, (
+        "1 means the last stage, not the last tensor"
+    )
 
 
-def test_number_of_stages_may_be_a_word() -> None:
-    """A command line has words only."""
-    assert classifier(unfreeze_from="2").freeze_policy.unfreezable == classifier(unfreeze_from=2).freeze_policy.unfreezable
+def test_number_of_stages_may_be_a_string() -> None:
+    """A command line passes strings only."""
+    assert (
+        classifier(unfreeze_from="2").freeze_policy.unfreezable == classifier(unfreeze_from=2).freeze_policy.unfreezable
+    )
 
 
-def test_stage_that_is_called_head_is_no_classifier() -> None:
+def test_backbone_stage_named_head_is_not_the_head_of_the_classifier() -> None:
     backbone = TimmBackbone("test_mambaout", weights=None)
     assert backbone.stages[-1] == "model.head"
     model = PartialFineTuning(backbone, 2, unfreeze_from=1, lr=0.5)
@@ -336,33 +344,33 @@ def test_stage_that_is_called_head_is_no_classifier() -> None:
         LinearProbe(backbone, 2)
 
 
-def test_rate_of_the_backbone_follows_that_of_the_head() -> None:
+def test_learning_rate_of_the_backbone_follows_that_of_the_head() -> None:
     model = classifier(lr=0.1, backbone_lr=None, layer_decay=1.0)
     assert model.learning_rates()["layer3"] == pytest.approx(0.01)
     model.lr = 0.5  # as Lightning's tuner does
     assert model.learning_rates()["layer3"] == pytest.approx(0.05)
 
 
-class Forgetful(PartialFineTuning):
+class OmitsFirstGroup(PartialFineTuning):
     def parameter_groups(self) -> list[dict[str, Any]]:
         return super().parameter_groups()[1:]
 
 
-def test_parameter_in_no_group_is_found(photos: Path, tmp_path: Path) -> None:
-    model = Forgetful(TinyBackbone(), 3, unfreeze_from="layer3")
-    with pytest.raises(ValueError, match=r"head.linear.weight shall train but is in no group.*of Forgetful"):
+def test_trainable_parameter_in_no_group_is_refused(photos: Path, tmp_path: Path) -> None:
+    model = OmitsFirstGroup(TinyBackbone(), 3, unfreeze_from="layer3")
+    with pytest.raises(ValueError, match=r"head.linear.weight shall train but is in no group.*of OmitsFirstGroup"):
         trainer(tmp_path).fit(model, images(photos))
 
 
-def test_optimizer_that_loses_the_rates_is_found(photos: Path, tmp_path: Path) -> None:
-    def flat(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+def test_optimizer_that_loses_the_learning_rates_is_refused(photos: Path, tmp_path: Path) -> None:
+    def without_groups(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
         return torch.optim.SGD([parameter for group in groups for parameter in group["params"]])
 
     with pytest.raises(ValueError, match="SGD was built without the learning rates of the parameter groups"):
-        trainer(tmp_path).fit(classifier(optimizer=flat), images(photos))
+        trainer(tmp_path).fit(classifier(optimizer=without_groups), images(photos))
 
 
-def test_callbacks_that_cannot_work_are_refused(photos: Path, tmp_path: Path) -> None:
+def test_callbacks_that_conflict_with_the_classifier_are_refused(photos: Path, tmp_path: Path) -> None:
     for callback, message in (
         (StochasticWeightAveraging(1e-3), "use tl_lightning.callbacks.EMA"),
         (GradientAccumulationScheduler({0: 2}), r"give trainer.accumulate_grad_batches"),
@@ -372,7 +380,7 @@ def test_callbacks_that_cannot_work_are_refused(photos: Path, tmp_path: Path) ->
             trainer(tmp_path, callback).fit(classifier(), images(photos))
 
 
-def test_resuming_with_something_else_says_what(photos: Path, tmp_path: Path) -> None:
+def test_resuming_with_other_stages_optimizer_or_length_is_reported(photos: Path, tmp_path: Path) -> None:
     run = trainer(tmp_path, max_epochs=1)
     run.fit(classifier(unfreeze_from="layer3"), images(photos))
     run.save_checkpoint(tmp_path / "a.ckpt", weights_only=False)
@@ -385,35 +393,33 @@ def test_resuming_with_something_else_says_what(photos: Path, tmp_path: Path) ->
         ValueError, match="resumed run may train head, layer3, but this one may train head, layer3, layer2: resume with"
     ):
         resume(unfreeze_from="layer2")
-    with pytest.raises(
-        ValueError, match="had another optimizer, since its state lacks dampening, momentum, which SGD needs"
-    ):
+    with pytest.raises(ValueError, match="had another optimizer: its state lacks dampening, momentum, which SGD needs"):
         resume(optimizer=torch.optim.SGD)
-    with pytest.warns(UserWarning, match="followed a schedule of 3 steps before, and follow one of 6 now"):
+    with pytest.warns(UserWarning, match="followed a schedule of 3 steps before, and now follow one of 6"):
         resume()
 
 
-class Wild(PartialFineTuning):
+class StartsAtTheStem(PartialFineTuning):
     def stages_from(self, stage: str | int) -> list[str]:
         return ["stem", "layer3"] if stage == "layer3" else list(super().stages_from(stage))
 
 
-def test_stages_that_may_not_train_are_named(photos: Path, tmp_path: Path) -> None:
-    model = Wild(TinyBackbone(), 3, unfreeze_from="layer2")
+def test_stages_from_that_gives_a_forbidden_stage_is_refused(photos: Path, tmp_path: Path) -> None:
+    model = StartsAtTheStem(TinyBackbone(), 3, unfreeze_from="layer2")
     with pytest.raises(
-        ValueError, match=r"stages_from\('layer3'\) of Wild gives stem, but only layer2, layer3 may train"
+        ValueError, match=r"stages_from\('layer3'\) of StartsAtTheStem gives stem, but only layer2, layer3 may train"
     ):
         trainer(tmp_path, StagedUnfreezing({1: "layer3"})).fit(model, images(photos))
 
 
-def test_optimizer_without_groups_is_refused(photos: Path, tmp_path: Path) -> None:
+def test_optimizer_that_accepts_no_groups_is_refused(photos: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"cannot be built: LBFGS doesn't support per-parameter"):
         trainer(tmp_path).fit(classifier(optimizer=torch.optim.LBFGS), images(photos))
 
 
 @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`, callbacks:UserWarning")
 @pytest.mark.parametrize("optimizer", [torch.optim.Adafactor, torch.optim.Rprop, torch.optim.Adagrad])
-def test_any_optimizer_is_resumed(optimizer: Any, photos: Path, tmp_path: Path) -> None:
+def test_run_resumed_with_any_optimizer_ends_with_the_same_bits(optimizer: Any, photos: Path, tmp_path: Path) -> None:
     whole = classifier(optimizer=optimizer)
     trainer(tmp_path, ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1, save_on_train_epoch_end=True),
             max_epochs=3, enable_checkpointing=True).fit(whole, images(photos))  # fmt: skip
@@ -422,7 +428,7 @@ def test_any_optimizer_is_resumed(optimizer: Any, photos: Path, tmp_path: Path) 
     assert fingerprint(again.state_dict()) == fingerprint(whole.state_dict())
 
 
-def test_rates_are_logged(photos: Path, tmp_path: Path) -> None:
+def test_used_learning_rates_are_logged(photos: Path, tmp_path: Path) -> None:
     run = trainer(tmp_path, max_epochs=1)
     run.fit(classifier(scheduler=lambda o: torch.optim.lr_scheduler.ConstantLR(o, 0.5, 9)), images(photos))
     assert float(run.callback_metrics["lr-head"]) == pytest.approx(0.005)
