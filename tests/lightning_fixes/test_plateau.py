@@ -1,3 +1,5 @@
+"""``ReduceLROnPlateau`` steps once in each validated epoch, with a score of that epoch."""
+
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ from tl_lightning.modules import PartialFineTuning
 
 
 class Plateau(torch.optim.lr_scheduler.ReduceLROnPlateau):
-    """Note each score that it is given."""
+    """Record each score that the scheduler gets."""
 
     def __init__(self, optimizer: torch.optim.Optimizer, monitor: str = "val_loss") -> None:
         super().__init__(optimizer)
@@ -23,15 +25,17 @@ class Plateau(torch.optim.lr_scheduler.ReduceLROnPlateau):
         super().step(metrics)
 
 
-class Later(PartialFineTuning):
-    """Log a score when training has begun."""
+class LogsScoreInTraining(PartialFineTuning):
+    """Log a score in each validation except the sanity validation."""
 
     def on_validation_epoch_end(self) -> None:
         if not self.trainer.sanity_checking:
-            self.log("val_glory", 1.0)
+            self.log("val_custom", 1.0)
 
 
-class Scores(pl.Callback):
+class ScoreRecorder(pl.Callback):
+    """Record a score at the end of each epoch."""
+
     def __init__(self, name: str) -> None:
         self.name = name
         self.seen: list[float] = []
@@ -40,42 +44,48 @@ class Scores(pl.Callback):
         self.seen.append(float(trainer.callback_metrics.get(self.name, -1.0)))
 
 
-def run(photos: Path, tmp_path: Path, monitor: str = "val_loss", **options: Any) -> tuple[Plateau, Scores]:
-    made: list[Plateau] = []
-    model: PartialFineTuning = classifier(scheduler=lambda o: made.append(Plateau(o, monitor)) or made[0])  # type: ignore[func-returns-value]
-    scores = Scores(monitor)
+def fit(photos: Path, tmp_path: Path, monitor: str = "val_loss", **options: Any) -> tuple[Plateau, ScoreRecorder]:
+    built: list[Plateau] = []
+    model: PartialFineTuning = classifier(scheduler=lambda o: built.append(Plateau(o, monitor)) or built[0])  # type: ignore[func-returns-value]
+    scores = ScoreRecorder(monitor)
     trainer(tmp_path, scores, max_epochs=4, **options).fit(model, images(photos))
-    return made[0], scores
+    return built[0], scores
 
 
-@pytest.mark.parametrize("options", [{}, {"val_check_interval": 2}, {"val_check_interval": 1}])
-def test_one_step_for_each_epoch_with_its_last_score(options: dict[str, Any], photos: Path, tmp_path: Path) -> None:
-    plateau, scores = run(photos, tmp_path, **options)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"val_check_interval": 2}, {"val_check_interval": 1}],
+    ids=["validated once", "validated every 2 batches", "validated every batch"],
+)
+def test_plateau_steps_once_in_each_epoch_with_the_score_at_its_end(
+    options: dict[str, Any], photos: Path, tmp_path: Path
+) -> None:
+    plateau, scores = fit(photos, tmp_path, **options)
     assert plateau.seen == scores.seen
     assert len(plateau.seen) == 4
 
 
-def test_epochs_without_validation_count_for_nothing(photos: Path, tmp_path: Path) -> None:
-    plateau, scores = run(photos, tmp_path, check_val_every_n_epoch=2)
+def test_plateau_skips_epochs_without_validation(photos: Path, tmp_path: Path) -> None:
+    plateau, scores = fit(photos, tmp_path, check_val_every_n_epoch=2)
     assert plateau.seen == scores.seen[1::2]
 
 
-def test_loss_of_training_is_that_of_the_epoch(photos: Path, tmp_path: Path) -> None:
-    plateau, scores = run(photos, tmp_path, "train_loss", limit_val_batches=0)
+def test_plateau_on_train_loss_steps_with_the_mean_loss_of_the_epoch(photos: Path, tmp_path: Path) -> None:
+    plateau, scores = fit(photos, tmp_path, "train_loss", limit_val_batches=0)
     assert plateau.seen == scores.seen
     assert len(set(plateau.seen)) == 4
 
 
-def test_score_that_will_never_be_there(photos: Path, tmp_path: Path) -> None:
+def test_monitored_score_that_is_never_logged_is_refused(photos: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="monitors 'val_loss', but the run does not validate"):
-        run(photos, tmp_path, limit_val_batches=0)
-    with pytest.raises(ValueError, match=r"Plateau monitors an unknown score 'val_glory'.* val_loss"):
-        run(photos, tmp_path, "val_glory")
+        fit(photos, tmp_path, limit_val_batches=0)
+    with pytest.raises(ValueError, match=r"Plateau monitors an unknown score 'val_custom'.* val_loss"):
+        fit(photos, tmp_path, "val_custom")
 
 
-def test_class_of_ones_own_may_log_a_score_later(photos: Path, tmp_path: Path) -> None:
-    model = Later(TinyBackbone(), 3, unfreeze_from="layer3")
-    stops = pl.callbacks.EarlyStopping("val_glory")
-    with pytest.warns(UserWarning, match="monitors an unknown score 'val_glory'.*in the validation that was tried"):
+def test_users_classifier_may_log_a_monitored_score_after_the_sanity_validation(photos: Path, tmp_path: Path) -> None:
+    model = LogsScoreInTraining(TinyBackbone(), 3, unfreeze_from="layer3")
+    stops = pl.callbacks.EarlyStopping("val_custom")
+    with pytest.warns(UserWarning, match="monitors an unknown score 'val_custom'.*in the validation that was tried"):
         trainer(tmp_path, stops, max_epochs=1).fit(model, images(photos))
     assert stops.best_score == 1

@@ -1,4 +1,4 @@
-"""A run that is told to terminate ends on all ranks after the same batch, whichever of them is told."""
+"""SIGTERM ends a run on all ranks after the same batch, whichever rank receives it."""
 
 import atexit
 import os
@@ -18,21 +18,22 @@ from tests.ranks import run_on_ranks
 from tests.staged import classifier, images, trainer
 
 
-class Tell(pl.Callback):
-    """Send the signal to one process in the middle of its second batch."""
+class SendSigterm(pl.Callback):
+    """Send SIGTERM to one rank in the middle of its second batch."""
 
-    def __init__(self, told: int) -> None:
-        self.told = told
+    def __init__(self, receiver: int) -> None:
+        self.receiver = receiver
 
     def on_before_optimizer_step(self, trainer: pl.Trainer, *args: Any) -> None:
-        if trainer.global_step == 1 and trainer.global_rank == self.told:
+        if trainer.global_step == 1 and trainer.global_rank == self.receiver:
             os.kill(os.getpid(), signal.SIGTERM)
 
 
-def terminated(world: int, photos: str, folder: str) -> list[int]:
+def end_training_by_sigterm(world: int, photos: str, folder: str) -> list[int]:
+    """Send SIGTERM to each rank in turn, and return the optimizer step at which each run ends."""
     ends = []
-    for told in range(world):
-        run = trainer(folder, Tell(told), devices=world, strategy="ddp" if world > 1 else "auto")
+    for receiver in range(world):
+        run = trainer(folder, SendSigterm(receiver), devices=world, strategy="ddp" if world > 1 else "auto")
         before = signal.getsignal(signal.SIGTERM)
         with pytest.raises(SIGTERMException):
             run.fit(classifier(), images(photos, batch_size=4 // world))
@@ -41,116 +42,126 @@ def terminated(world: int, photos: str, folder: str) -> list[int]:
     return ends
 
 
-class TellSanityCheck(pl.Callback):
-    """Send the signal to all processes before the first validation."""
+class SendSigtermInSanityCheck(pl.Callback):
+    """Send SIGTERM to all ranks in the sanity validation."""
 
     def on_validation_batch_start(self, trainer: pl.Trainer, *args: Any) -> None:
         if trainer.sanity_checking:
             os.kill(os.getpid(), signal.SIGTERM)
 
 
-def terminated_in_the_sanity_check(world: int, photos: str, folder: str) -> int:
+def end_sanity_check_by_sigterm(world: int, photos: str, folder: str) -> int:
     options: dict[str, Any] = {"devices": world, "strategy": "ddp" if world > 1 else "auto"}
-    run = trainer(folder, TellSanityCheck(), **options)
+    run = trainer(folder, SendSigtermInSanityCheck(), **options)
     with pytest.raises(SIGTERMException):
         run.fit(classifier(), images(photos, batch_size=4 // world))
     return run.global_step
 
 
-def terminated_in_scoring(world: int, photos: str, folder: str) -> list[list[int]]:
-    """Tell one rank alone, with loaders that give all ranks equally many batches."""
+def end_evaluation_by_sigterm(world: int, photos: str, folder: str) -> list[list[int]]:
+    """Send SIGTERM to rank 1 in validation, test and prediction, and return the batches that this rank runs in each.
+
+    The loaders give all ranks equally many batches.
+    """
     ends = []
-    for doing in ("validate", "test", "predict"):
-        hook = f"on_{'validation' if doing == 'validate' else doing}_batch"
+    for method in ("validate", "test", "predict"):
+        hook = f"on_{'validation' if method == 'validate' else method}_batch"
         seen: list[int] = []
 
-        def tell(trainer: pl.Trainer, _: Any, batch: Any, number: int, *args: Any, seen: list[int] = seen) -> None:
-            seen.append(number)
-            if number == 1 and trainer.global_rank == 1:
+        def send(trainer: pl.Trainer, _: Any, batch: Any, batch_idx: int, *args: Any, seen: list[int] = seen) -> None:
+            seen.append(batch_idx)
+            if batch_idx == 1 and trainer.global_rank == 1:
                 os.kill(os.getpid(), signal.SIGTERM)
 
-        run = trainer(folder, pl.callbacks.LambdaCallback(**{f"{hook}_start": tell}), devices=world, strategy="ddp")
+        run = trainer(folder, pl.callbacks.LambdaCallback(**{f"{hook}_start": send}), devices=world, strategy="ddp")
         with pytest.raises(SIGTERMException):
-            getattr(run, doing)(classifier(), images(photos, batch_size=1))
+            getattr(run, method)(classifier(), images(photos, batch_size=1))
         ends.append(seen)
     return ends
 
 
-def test_scoring_on_two_ranks(photos: Path, tmp_path: Path) -> None:
-    found = run_on_ranks(__name__, "terminated_in_scoring", tmp_path / "out", photos=str(photos), folder=str(tmp_path))
+def test_both_ranks_end_evaluation_after_the_same_batch(photos: Path, tmp_path: Path) -> None:
+    found = run_on_ranks(
+        __name__, "end_evaluation_by_sigterm", tmp_path / "out", photos=str(photos), folder=str(tmp_path)
+    )
     assert found == [[[0, 1]] * 3] * 2
 
 
-def test_sanity_check(photos: Path, tmp_path: Path) -> None:
+def test_sigterm_in_the_sanity_check_ends_the_run_before_the_first_step(photos: Path, tmp_path: Path) -> None:
     arguments: dict[str, Any] = {"photos": str(photos), "folder": str(tmp_path)}
-    assert terminated_in_the_sanity_check(1, **arguments) == 0
-    found = run_on_ranks(__name__, "terminated_in_the_sanity_check", tmp_path / "out", **arguments)
+    assert end_sanity_check_by_sigterm(1, **arguments) == 0
+    found = run_on_ranks(__name__, "end_sanity_check_by_sigterm", tmp_path / "out", **arguments)
     assert found == [0, 0]
 
 
-def test_one_process(photos: Path, tmp_path: Path) -> None:
-    assert terminated(1, str(photos), str(tmp_path)) == [2]
+def test_one_process_ends_after_the_step_in_which_it_receives_sigterm(photos: Path, tmp_path: Path) -> None:
+    assert end_training_by_sigterm(1, str(photos), str(tmp_path)) == [2]
 
 
-@pytest.mark.parametrize("doing", ["validate", "test", "predict"])
-def test_scoring(doing: str, photos: Path, tmp_path: Path) -> None:
-    hook = "on_validation_batch_start" if doing == "validate" else f"on_{doing}_batch_start"
-    tell = pl.callbacks.LambdaCallback(**{hook: lambda *_: os.kill(os.getpid(), signal.SIGTERM)})
-    run = trainer(tmp_path, tell)
+@pytest.mark.parametrize("method", ["validate", "test", "predict"])
+def test_one_process_ends_evaluation_and_restores_the_signal_handler(method: str, photos: Path, tmp_path: Path) -> None:
+    hook = "on_validation_batch_start" if method == "validate" else f"on_{method}_batch_start"
+    send = pl.callbacks.LambdaCallback(**{hook: lambda *_: os.kill(os.getpid(), signal.SIGTERM)})
+    run = trainer(tmp_path, send)
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(SIGTERMException):
-        getattr(run, doing)(classifier(), images(photos))
+        getattr(run, method)(classifier(), images(photos))
     assert signal.getsignal(signal.SIGTERM) is before
 
 
-def resumed(world: int, photos: str, folder: str) -> list[list[float]]:
-    """Return the losses of training, by epoch: of a whole run, one that is told to end, and two that go on in its first epoch.
+def losses_by_epoch(world: int, photos: str, folder: str) -> list[list[float]]:
+    """Return the training losses of four runs by epoch, and the loss that the fourth should have in its first epoch.
 
-    The last one goes on from what a process has saved that failed alone.
+    The first run is uninterrupted. SIGTERM ends the second one in its first epoch. The third run resumes the second
+    one. The fourth run resumes it from a checkpoint as a rank saves it that fails alone, with the loss of rank 0 only.
     """
     found: list[list[float]] = []
     saved, alone = Path(folder) / "saved.ckpt", Path(folder) / "alone.ckpt"
-    for tell, path in ((None, None), (Tell(1), None), (None, saved), (None, alone)):
+    for sigterm, path in ((None, None), (SendSigterm(1), None), (None, saved), (None, alone)):
         losses: list[float] = []
-        note = pl.callbacks.LambdaCallback(
+        record = pl.callbacks.LambdaCallback(
             on_train_epoch_end=lambda run, _, seen=losses: seen.append(float(run.callback_metrics["train_loss"]))
         )
         saves = ModelCheckpoint(folder, "saved", every_n_train_steps=1000, save_on_exception=True)
-        others = [] if tell is None else [tell, saves]
-        more = {"devices": world, "strategy": "ddp", "max_epochs": 2, "enable_checkpointing": tell is not None}
-        run = trainer(folder, note, *others, **more)
-        with pytest.raises(SIGTERMException) if tell else nullcontext():
+        others = [] if sigterm is None else [sigterm, saves]
+        more = {"devices": world, "strategy": "ddp", "max_epochs": 2, "enable_checkpointing": sigterm is not None}
+        run = trainer(folder, record, *others, **more)
+        with pytest.raises(SIGTERMException) if sigterm else nullcontext():
             run.fit(classifier(), images(photos, batch_size=4 // world), ckpt_path=path, weights_only=True)
-        if tell is not None:
+        if sigterm is not None:
             content = torch.load(saved, weights_only=True)
             _, (lost, count) = content["tl_lightning"]["train_loss"]
             samples = len(images(photos).splits["train"].files)
-            without = (found[0][0] * samples - lost) / (samples - count)
+            expected = (found[0][0] * samples - lost) / (samples - count)
             content["tl_lightning"]["train_loss"].pop()
             if run.is_global_zero:
                 torch.save(content, alone)
         found.append(losses)
-    return [*found, [without]]
+    return [*found, [expected]]
 
 
-def test_loss_of_an_epoch_that_was_left_by_two_ranks(photos: Path, tmp_path: Path) -> None:
+def test_epoch_interrupted_on_two_ranks_logs_the_loss_of_an_uninterrupted_epoch(photos: Path, tmp_path: Path) -> None:
     arguments: dict[str, Any] = {"photos": str(photos), "folder": str(tmp_path / "checkpoints")}
-    for whole, _, rest, rest_of_one, (without,) in run_on_ranks(__name__, "resumed", tmp_path / "out", **arguments):
-        assert rest == whole
-        assert rest_of_one == [pytest.approx(without, rel=1e-5), *whole[1:]]
+    for whole, _, resumed, resumed_from_one, (expected,) in run_on_ranks(
+        __name__, "losses_by_epoch", tmp_path / "out", **arguments
+    ):
+        assert resumed == whole
+        assert resumed_from_one == [pytest.approx(expected, rel=1e-5), *whole[1:]]
 
 
-def test_two_ranks(photos: Path, tmp_path: Path) -> None:
-    found = run_on_ranks(__name__, "terminated", tmp_path / "out", photos=str(photos), folder=str(tmp_path))
+def test_both_ranks_end_training_after_the_same_step_whichever_receives_sigterm(photos: Path, tmp_path: Path) -> None:
+    found = run_on_ranks(
+        __name__, "end_training_by_sigterm", tmp_path / "out", photos=str(photos), folder=str(tmp_path)
+    )
     assert found == [[2, 2], [2, 2]]
 
 
-def left(world: int, photos: str, folder: str) -> int:
-    """Write, at the end of the process, whether the ranks are still connected."""
+def fit_and_exit(world: int, photos: str, folder: str) -> int:
+    """Fit, and write at the exit of the process whether its process group still exists."""
     rank = int(os.environ["LOCAL_RANK"])
     atexit.register(lambda: Path(f"{folder}.{rank}").write_text(str(dist.is_initialized())))
     fails = pl.callbacks.LambdaCallback(on_train_batch_end=lambda *_: 1 / 0)
-    ends: dict[str, Any] = {"told": (Tell(1), SIGTERMException), "failed": (fails, ZeroDivisionError)}
+    ends: dict[str, Any] = {"terminated": (SendSigterm(1), SIGTERMException), "failed": (fails, ZeroDivisionError)}
     callback, error = ends.get(Path(folder).name, (pl.Callback(), None))
     run = trainer(folder, callback, devices=world, strategy="ddp")
     with pytest.raises(error) if error else nullcontext():
@@ -158,8 +169,10 @@ def left(world: int, photos: str, folder: str) -> int:
     return rank
 
 
-@pytest.mark.parametrize(("how", "connected"), [("done", "False"), ("told", "False"), ("failed", "True")])
-def test_ranks_that_end_in_step_part(how: str, connected: str, photos: Path, tmp_path: Path) -> None:
-    # Where one fails, another may still wait for it, and parting would wait for that one.
-    run_on_ranks(__name__, "left", tmp_path / "out", photos=str(photos), folder=str(tmp_path / how))
-    assert [Path(f"{tmp_path / how}.{rank}").read_text() for rank in range(2)] == [connected] * 2
+@pytest.mark.parametrize(("ending", "connected"), [("completed", "False"), ("terminated", "False"), ("failed", "True")])
+def test_ranks_leave_the_process_group_unless_one_has_failed(
+    ending: str, connected: str, photos: Path, tmp_path: Path
+) -> None:
+    # A rank may still wait for the failed one, and leaving the group would wait for that rank.
+    run_on_ranks(__name__, "fit_and_exit", tmp_path / "out", photos=str(photos), folder=str(tmp_path / ending))
+    assert [Path(f"{tmp_path / ending}.{rank}").read_text() for rank in range(2)] == [connected] * 2
