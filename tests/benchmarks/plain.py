@@ -1,6 +1,6 @@
-"""The loops that a tutorial has, in plain PyTorch: what this library is measured against.
+"""Time plain PyTorch loops, written as in a tutorial, to compare this library with.
 
-Each runs in a process of its own, without anything of this library's but the weights.
+They run in a process of their own and use only the pre-trained backbone of this library.
 """
 
 import json
@@ -18,11 +18,12 @@ from tl_lightning.backbones import EfficientNetLite
 from tl_lightning.transforms import Preprocessing
 
 BATCH = 32
-CUTS = ("blocks.3", "blocks.4", "blocks.5")
+BOUNDARIES = ("blocks.3", "blocks.4", "blocks.5")
+"""First trainable stages of the timed fine-tuning steps."""
 
 
 class Photos(Dataset[tuple[Tensor, int]]):
-    """Images by PIL and the usual transforms."""
+    """Load images with PIL and the usual transforms."""
 
     def __init__(self, root: str, files: list[str], targets: list[int], preprocessing: Preprocessing) -> None:
         self.root, self.files, self.targets = Path(root), files, targets
@@ -43,48 +44,50 @@ class Photos(Dataset[tuple[Tensor, int]]):
             return self.transform(image.convert("RGB")), self.targets[index]
 
 
-def extraction(model: nn.Module, loader: DataLoader[tuple[Tensor, int]]) -> float:
-    """Seconds for an image: features without autograd."""
-    begin = time.perf_counter()
+def time_extraction(model: nn.Module, loader: DataLoader[tuple[Tensor, int]]) -> float:
+    """Return the seconds per image to compute features without autograd."""
+    start = time.perf_counter()
     count = 0
     with torch.no_grad():
         for images, _ in loader:
             model(images)
             count += len(images)
-    return (time.perf_counter() - begin) / count
+    return (time.perf_counter() - start) / count
 
 
-def probe_epoch(model: nn.Module, loader: DataLoader[tuple[Tensor, int]], features: int) -> float:
-    """Seconds for an image of an epoch that runs the frozen network and trains a linear layer."""
-    head = nn.Linear(features, 2)
+def time_probe_epoch(model: nn.Module, loader: DataLoader[tuple[Tensor, int]], feature_dim: int) -> float:
+    """Return the seconds per image of an epoch that runs the frozen network and trains a linear head."""
+    head = nn.Linear(feature_dim, 2)
     optimizer = torch.optim.AdamW(head.parameters())
-    begin = time.perf_counter()
+    start = time.perf_counter()
     count = 0
     for images, targets in loader:
         with torch.no_grad():
-            made = model(images)
-        loss = nn.functional.cross_entropy(head(made), targets)
+            features = model(images)
+        loss = nn.functional.cross_entropy(head(features), targets)
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]  # torch gives it no types
         optimizer.step()
         count += len(images)
-    return (time.perf_counter() - begin) / count
+    return (time.perf_counter() - start) / count
 
 
-def fine_tuning_step(prefix: nn.Module, suffix: nn.Module, features: int, images: Tensor, targets: Tensor) -> float:
-    """Seconds for a step that trains from a stage on, everything before it frozen by ``requires_grad``."""
-    head = nn.Linear(features, 2)
+def time_fine_tuning_step(
+    prefix: nn.Module, suffix: nn.Module, feature_dim: int, images: Tensor, targets: Tensor
+) -> float:
+    """Return the median seconds of a step that trains the suffix; ``requires_grad`` freezes the prefix."""
+    head = nn.Linear(feature_dim, 2)
     for parameter in prefix.parameters():
         parameter.requires_grad_(False)
     optimizer = torch.optim.AdamW([*suffix.parameters(), *head.parameters()], lr=1e-4)
     times = []
     for _ in range(12):
-        begin = time.perf_counter()
+        start = time.perf_counter()
         loss = nn.functional.cross_entropy(head(suffix(prefix(images))), targets)
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]  # torch gives it no types
         optimizer.step()
-        times.append(time.perf_counter() - begin)
+        times.append(time.perf_counter() - start)
     return sorted(times)[len(times) // 2]
 
 
@@ -96,13 +99,14 @@ def main() -> None:
     model = EfficientNetLite().eval()
     loader = DataLoader(Photos(root, files, targets, model.preprocessing), BATCH, num_workers=2)
     images, labels = next(iter(loader))
-    found = {
-        "extraction": extraction(model, loader),
-        "probe_epoch": probe_epoch(model, loader, model.feature_dim),
+    seconds = {
+        "extraction": time_extraction(model, loader),
+        "probe_epoch": time_probe_epoch(model, loader, model.feature_dim),
     } | {
-        cut: fine_tuning_step(*EfficientNetLite().eval().split(cut), model.feature_dim, images, labels) for cut in CUTS
+        boundary: time_fine_tuning_step(*EfficientNetLite().eval().split(boundary), model.feature_dim, images, labels)
+        for boundary in BOUNDARIES
     }
-    print(json.dumps(found))
+    print(json.dumps(seconds))
 
 
 if __name__ == "__main__":

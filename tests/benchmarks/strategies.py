@@ -1,9 +1,9 @@
-"""Compare the strategies on the solar cells, each over the same splits.
+"""Compare the strategies on the images of solar cells, all on the same splits.
 
     python -m tests.benchmarks.strategies --seeds 0 1 2 3 4
 
-Each run is a command line of its own, with the configurations that everybody has. Runs that are in the table of results
-already are not run again, so the comparison can be stopped and started.
+Each run is a call of the command line with the shipped configurations. Runs whose results are in ``results.csv`` are
+skipped, so that the comparison can be interrupted and continued.
 """
 
 import argparse
@@ -32,7 +32,7 @@ FIELDS = ("strategy", "seed", "accuracy", "f1", "seconds", "parameters")
 
 
 def run(strategy: str, seed: int, folder: Path) -> dict[str, str]:
-    """Train, and test the best checkpoint."""
+    """Train with a strategy, test the best checkpoint, and return the row of results."""
     start = time.monotonic()
     cli = TransferCLI(
         [
@@ -46,12 +46,12 @@ def run(strategy: str, seed: int, folder: Path) -> dict[str, str]:
     seconds = time.monotonic() - start
     groups = cli.model.configure_optimizers()["optimizer"].param_groups
     parameters = sum(parameter.numel() for group in groups for parameter in group["params"])
-    scores = [f"{float(cli.trainer.callback_metrics[name]):.4f}" for name in ("test_accuracy", "test_f1")]
-    return dict(zip(FIELDS, (strategy, str(seed), *scores, f"{seconds:.0f}", str(parameters)), strict=True))
+    metrics = [f"{float(cli.trainer.callback_metrics[name]):.4f}" for name in ("test_accuracy", "test_f1")]
+    return dict(zip(FIELDS, (strategy, str(seed), *metrics, f"{seconds:.0f}", str(parameters)), strict=True))
 
 
 def table(rows: list[dict[str, str]]) -> str:
-    """Means over the seeds of each strategy, and the paired difference from the probe with its 95 % interval."""
+    """Return a table of means over seeds, with the paired difference from the linear probe and its 95 % interval."""
     by_seed: dict[str, dict[str, dict[str, str]]] = defaultdict(dict)
     for row in rows:
         by_seed[row["strategy"]][row["seed"]] = row
@@ -65,7 +65,7 @@ def table(rows: list[dict[str, str]]) -> str:
             mean(float(r[field]) for r in runs.values()) for field in ("accuracy", "f1", "seconds")
         )
         parameters = int(next(iter(runs.values()))["parameters"])
-        over = interval(
+        difference = interval(
             [
                 100 * (float(r["accuracy"]) - float(by_seed["linear probe"][seed]["accuracy"]))
                 for seed, r in runs.items()
@@ -73,13 +73,13 @@ def table(rows: list[dict[str, str]]) -> str:
             ]
         )
         lines.append(
-            f"| {strategy} | {accuracy:.3f} | {over} | {f1:.3f} | {seconds:.0f} | {parameters:,} | {len(runs)} |"
+            f"| {strategy} | {accuracy:.3f} | {difference} | {f1:.3f} | {seconds:.0f} | {parameters:,} | {len(runs)} |"
         )
     return "\n".join(lines)
 
 
 def interval(differences: list[float]) -> str:
-    """Mean and 95 % interval by Student's t, over few pairs."""
+    """Return the mean and its 95 % interval by Student's t distribution, which suits few pairs."""
     if len(differences) < 2:
         return "".join(f"{d:+.1f}" for d in differences)
     half = t.ppf(0.975, len(differences) - 1) * stdev(differences) / len(differences) ** 0.5
