@@ -1,4 +1,4 @@
-"""Run a function of a test module in two processes that train together over loopback."""
+"""Run a function of a test module on several ranks: processes that train together over loopback."""
 
 import json
 import os
@@ -15,7 +15,7 @@ TIMEOUT_S = 600
 _CODE = """
 import atexit, importlib, json, sys
 import torch.distributed as dist
-atexit.register(lambda: dist.is_initialized() and dist.destroy_process_group())  # last: else gloo may abort the process
+atexit.register(lambda: dist.is_initialized() and dist.destroy_process_group())  # runs last; otherwise gloo may abort
 module, name, arguments, out = sys.argv[1:]
 result = getattr(importlib.import_module(module), name)(**json.loads(arguments))
 import os
@@ -31,12 +31,12 @@ def free_port() -> int:
         return port
 
 
-def _ends(logs: list[Path]) -> str:
+def _log_tails(logs: list[Path]) -> str:
     return "".join(log.read_text()[-4000:] for log in logs)
 
 
 def run_on_ranks(module: str, name: str, out: Path, world: int = 2, **arguments: Any) -> list[Any]:
-    """Call ``module.name(world=world, **arguments)`` on every rank and return what each returned, by rank."""
+    """Call ``module.name(world=world, **arguments)`` on every rank, and return the results by rank."""
     common = {
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(free_port()),
@@ -66,10 +66,10 @@ def run_on_ranks(module: str, name: str, out: Path, world: int = 2, **arguments:
             )
     deadline = time.monotonic() + TIMEOUT_S
     try:
-        while any(process.poll() is None for process in processes):  # one that fails leaves the others waiting for it
+        while any(process.poll() is None for process in processes):  # a failed rank leaves the others waiting
             failed = any(process.poll() not in (None, 0) for process in processes)
-            assert not failed, _ends(logs)
-            assert time.monotonic() < deadline, _ends(logs)
+            assert not failed, _log_tails(logs)
+            assert time.monotonic() < deadline, _log_tails(logs)
             time.sleep(0.05)
     finally:
         for process in processes:

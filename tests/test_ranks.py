@@ -1,4 +1,4 @@
-"""Two processes give the numbers of one."""
+"""Two ranks give the weights, metrics and predictions of one process."""
 
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from tl_lightning.utils.hashing import fingerprint
 
 
 def train_and_score(photos: str, folder: str, world: int) -> dict[str, Any]:
-    """Train in float64 with the same global batch on any number of ranks, then score and predict odd-sized sets."""
+    """Train in float64 with one global batch size on any number of ranks, then evaluate and predict odd-sized sets."""
     pl.seed_everything(1)
     backbone = TinyBackbone()
     data = ImageFolderDataModule(
@@ -60,11 +60,11 @@ def runs(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, li
     return found
 
 
-def test_replicas_are_identical(runs: dict[int, list[Any]]) -> None:
+def test_replicas_on_two_ranks_end_with_identical_weights(runs: dict[int, list[Any]]) -> None:
     assert runs[2][0]["fingerprint"] == runs[2][1]["fingerprint"]
 
 
-def test_two_processes_train_to_the_weights_of_one(runs: dict[int, list[Any]]) -> None:
+def test_two_ranks_train_to_the_weights_of_one_process(runs: dict[int, list[Any]]) -> None:
     one, two = runs[1][0], runs[2][0]
     assert one["sizes"] == {"train": 24, "val": 13, "test": 4}
     assert one["weights"]["standardize.count"] == [96.0]
@@ -72,7 +72,7 @@ def test_two_processes_train_to_the_weights_of_one(runs: dict[int, list[Any]]) -
         assert two["weights"][name] == pytest.approx(values, abs=1e-12), name
 
 
-def test_scores_are_the_same_on_sets_of_odd_size(runs: dict[int, list[Any]]) -> None:
+def test_two_ranks_log_the_metrics_of_one_process_on_sets_of_odd_size(runs: dict[int, list[Any]]) -> None:
     for stage in ("fit", "validate", "test"):
         one, *others = runs[1][0][stage], runs[2][0][stage], runs[2][1][stage]
         for other in others:
@@ -82,7 +82,7 @@ def test_scores_are_the_same_on_sets_of_odd_size(runs: dict[int, list[Any]]) -> 
                 assert other[name] == (value if exact else pytest.approx(value, rel=1e-6)), (stage, name)
 
 
-def test_predictions_are_the_same_rows(runs: dict[int, list[Any]]) -> None:
+def test_two_ranks_predict_the_rows_of_one_process(runs: dict[int, list[Any]]) -> None:
     tables = [[line.split(",") for line in runs[world][-1].splitlines()] for world in (1, 2)]
     assert [len(table) for table in tables] == [42, 42]
     for first, second in zip(*tables, strict=True):
