@@ -8,7 +8,7 @@ from tl_lightning import __version__
 
 
 def main() -> None:
-    """Run the command line on the arguments of the process; turn an expected error into one message without traceback."""
+    """Run the command line on the arguments of the process, and print an expected error without its traceback."""
     if sys.argv[1:] == ["--version"]:  # before Lightning is imported, which takes seconds
         print(f"tl-lightning {__version__}")
         return
@@ -16,7 +16,7 @@ def main() -> None:
     from lightning.pytorch.utilities.exceptions import SIGTERMException
 
     from tl_lightning.cli import main as run
-    from tl_lightning.utils.messages import own_message
+    from tl_lightning.utils.messages import package_error_message
 
     try:
         run()
@@ -26,7 +26,7 @@ def main() -> None:
     except KeyboardInterrupt:  # outside fit, where Lightning itself ends the run
         sys.exit(128 + signal.SIGINT)
     except Exception as error:
-        message = own_message(error)
+        message = package_error_message(error)
         if message is None or os.environ.get("TL_LIGHTNING_TRACEBACK"):
             raise
         sys.exit(f"tl-lightning: error: {message}")

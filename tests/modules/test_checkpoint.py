@@ -232,7 +232,7 @@ def test_class_of_a_script_is_refused_with_advice(checkpoint: Path) -> None:
     def edit(content: dict[str, Any]) -> None:
         content["tl_lightning"]["model"]["class_path"] = "__main__.MyProbe"
 
-    with pytest.raises(ValueError, match=r"'MyProbe' of a script that was run by itself.*put the class into a module"):
+    with pytest.raises(ValueError, match=r"'MyProbe', which was defined in the script.*put the class into a module"):
         LinearProbe.load_from_checkpoint(edited(checkpoint, edit))
 
 

@@ -20,10 +20,10 @@ def test_seeds_differ_by_every_part_and_never_change_between_releases() -> None:
 
 
 def draw() -> tuple[list[float], list[float], float]:
-    return torch.rand(3).tolist(), np.random.rand(3).tolist(), random.random()  # noqa: S311 - no secret is made here
+    return torch.rand(3).tolist(), np.random.rand(3).tolist(), random.random()  # noqa: S311 - not for secrets
 
 
-def test_block_leaves_no_trace() -> None:
+def test_seeded_block_repeats_its_draws_and_leaves_the_rng_states_as_they_were() -> None:
     torch.manual_seed(1)
     np.random.seed(1)
     random.seed(1)

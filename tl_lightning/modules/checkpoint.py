@@ -153,7 +153,7 @@ def load(cls: type[_C], path: str | Path, map_location: str | torch.device | Non
     for part, tensors in _parts(state).items():
         if fingerprint(tensors) != description["hashes"].get(part):
             raise ValueError(f"the weights of the {part} in {str(path)!r} are not the saved ones: the file is damaged")
-    saved = serialization.known_class(description["model"]["class_path"])
+    saved = serialization.trusted_class(description["model"]["class_path"])
     if not issubclass(saved, cls):
         raise ValueError(  # noqa: TRY004 - the content of the file is wrong, not a type
             f"{str(path)!r} holds a {description['model']['class_path']}, which is no {cls.__name__}; load it with "

@@ -1,1 +1,1 @@
-"""Helpers that know nothing of transfer learning or Lightning."""
+"""Leaf helpers: they import neither Lightning nor any other part of the package."""

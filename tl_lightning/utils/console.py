@@ -1,4 +1,4 @@
-"""Small tables on the terminal."""
+"""Print small tables on the terminal."""
 
 import os
 import textwrap
@@ -10,12 +10,14 @@ from rich.text import Text
 from tl_lightning.utils.distributed import is_rank_zero
 from tl_lightning.utils.paths import short_path
 
+_MIN_WIDTH = 20
+
 
 def print_table(title: str, rows: Mapping[str, str]) -> None:
-    """Print rows of a name and a value; what they hold is shown to the letter.
+    """Print rows of a name and a value on rank 0, without interpreting any markup in them.
 
-    A value with a path in it stays on one line, however long, so that it can be copied; a path in the current folder is
-    shown from there.
+    A value that holds a path stays on one line, so that it can be copied. A path in the current folder is shown
+    relative to it.
     """
     if not is_rank_zero():
         return
@@ -23,11 +25,11 @@ def print_table(title: str, rows: Mapping[str, str]) -> None:
     margin = 2 + max(map(len, rows), default=0) + 2
     console.print(Text(title, style="italic"))
     for name, value in rows.items():
-        lines = [short_path(value)] if os.sep in value else _wrapped(value, console.width - margin)
+        lines = [short_path(value)] if os.sep in value else _wrap(value, console.width - margin)
         for number, line in enumerate(lines):
             label = f"  {name}" if number == 0 else ""
             console.print(Text.assemble((label.ljust(margin), "cyan"), line), soft_wrap=True)
 
 
-def _wrapped(value: str, width: int) -> list[str]:
-    return textwrap.wrap(value, max(width, 20), break_on_hyphens=False) or [""]
+def _wrap(value: str, width: int) -> list[str]:
+    return textwrap.wrap(value, max(width, _MIN_WIDTH), break_on_hyphens=False) or [""]

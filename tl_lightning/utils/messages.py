@@ -1,20 +1,21 @@
-"""Wording that errors share."""
+"""Wording that error messages share."""
 
 import difflib
 from collections.abc import Iterable
 from pathlib import Path
 
 _LISTED = 40
+_PACKAGE = Path(__file__).parents[1]
 
 
 def unknown(kind: str, given: object, allowed: Iterable[object], *, of: str = "") -> str:
-    """Say that a name is unknown, which one was probably meant, and which there are.
+    """Say that a name is unknown, suggest similar names, and list the known ones.
 
     Args:
-        kind: What the name names, as ``"stage"``.
+        kind: The kind of thing that the name stands for, as ``"stage"``.
         given: The unknown name.
         allowed: The known names.
-        of: What the known names belong to.
+        of: The thing that has the known names, as ``"resnet18"``.
 
     Example:
         >>> unknown("stage", "layer5", ["stem", "layer1"], of="resnet18")
@@ -27,14 +28,20 @@ def unknown(kind: str, given: object, allowed: Iterable[object], *, of: str = ""
     return f"unknown {kind} {given!r}; {hint}{of + ' has' if of else 'there are'} {listed}"
 
 
-def own_message(error: BaseException) -> str | None:
-    """Return the message of the exception that this package raised to tell the user something, if one did."""
-    found: BaseException | None = error
-    while found is not None:
-        trace = found.__traceback__
+def package_error_message(error: BaseException) -> str | None:
+    """Find an exception that this package raised, in an exception and its causes, and return its message.
+
+    Such an exception tells the user what to change. Any other one is a fault, whose traceback is needed.
+
+    Returns:
+        The message; None if no exception of the chain was raised by this package.
+    """
+    link: BaseException | None = error
+    while link is not None:
+        trace = link.__traceback__
         while trace is not None and trace.tb_next is not None:
             trace = trace.tb_next
-        if trace is not None and Path(trace.tb_frame.f_code.co_filename).is_relative_to(Path(__file__).parents[1]):
-            return str(found)
-        found = found.__cause__ or found.__context__
+        if trace is not None and Path(trace.tb_frame.f_code.co_filename).is_relative_to(_PACKAGE):
+            return str(link)
+        link = link.__cause__ or link.__context__
     return None

@@ -1,7 +1,7 @@
-"""Where chance comes from: every draw is a pure function of the seed and of what the draw is for.
+"""Derive every random number from the seed of the run and from its use: no draw depends on earlier draws.
 
-Lightning restores neither random state nor the place in the data, so nothing may depend on what was drawn before. A
-run that is interrupted and resumed then draws what the uninterrupted run would have drawn.
+Lightning restores neither RNG states nor the place in the data. By this rule, a resumed run draws the same numbers as
+an uninterrupted one.
 """
 
 import hashlib
@@ -18,7 +18,7 @@ DEFAULT_SEED = 42
 
 
 def run_seed() -> int:
-    """Return the seed given to Lightning's ``seed_everything``, else 42."""
+    """Return the seed that Lightning's ``seed_everything`` was given, or 42."""
     return int(os.environ.get("PL_GLOBAL_SEED", DEFAULT_SEED))
 
 
@@ -34,22 +34,22 @@ def derive_seed(*parts: int | str) -> int:
 
 
 def seed_torch(*parts: int | str) -> None:
-    """Seed torch's global generators, of every device, from ``parts``."""
+    """Seed torch's global generators, of all devices, from ``parts``."""
     seed = derive_seed(*parts)
     if _has_accelerator():
         torch.manual_seed(seed)
-    else:  # torch.manual_seed would queue a seed for each device that might come to be, with a stack trace, for ever
+    else:  # torch.manual_seed would queue a seed, with a stack trace, for devices that never come: a memory leak
         torch.default_generator.manual_seed(seed)
 
 
 @cache
 def _has_accelerator() -> bool:
-    return torch.accelerator.is_available()  # without a GPU, it looks for the driver's library each time, for 40 us
+    return torch.accelerator.is_available()  # without a GPU, each call searches for the driver's library, for 40 us
 
 
 @contextmanager
 def from_rng_state(state: torch.Tensor) -> Iterator[None]:
-    """Draw by torch on the CPU from a state that its generator once had; leave no trace outside."""
+    """Use an RNG state for torch's draws on the CPU inside the block, and restore the state of before at its end."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.set_state(state)
         yield
@@ -57,7 +57,7 @@ def from_rng_state(state: torch.Tensor) -> Iterator[None]:
 
 @contextmanager
 def seeded(*parts: int | str) -> Iterator[None]:
-    """Draw from ``parts`` alone inside the block, by torch on the CPU, numpy and random; leave no trace outside."""
+    """Seed torch on the CPU, numpy and random from ``parts`` inside the block, and restore their states at its end."""
     seed = derive_seed(*parts)
     python_state, numpy_state = random.getstate(), np.random.get_state()
     with torch.random.fork_rng(devices=[]):

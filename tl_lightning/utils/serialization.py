@@ -1,7 +1,7 @@
-"""What an object was made of, as primitives: written into a checkpoint, and made again from one.
+"""Describe objects by primitives, which a checkpoint can hold, and rebuild the objects from them.
 
-A checkpoint is data from elsewhere, so it may name only classes of a few libraries or of modules that the program has
-imported itself; nothing in it is executed or unpickled.
+A checkpoint comes from elsewhere, so nothing in it is executed or unpickled. It may name only classes of a few
+libraries, or of modules that the program itself has imported.
 """
 
 import functools
@@ -15,22 +15,22 @@ from typing_extensions import Self
 
 TRUSTED_PACKAGES = ("tl_lightning", "torch", "torchvision", "timm")
 
-_KIND = "__made_of__"
+_KIND = "__made_of__"  # a key inside checkpoints
 _PRIMITIVES = (type(None), bool, int, float, str)
 
 
 class InitArgsMixin:
-    """Remember the arguments that an object was made with, under whatever names its own class gives them."""
+    """Record the constructor's arguments under the names that the object's own class gives them."""
 
     init_args: tuple[tuple[Any, ...], dict[str, Any]]
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
-        """Make the object and remember the arguments."""
+        """Create the object and record the arguments."""
         self = super().__new__(cls)
         try:
             bound = inspect.signature(cls.__init__).bind(self, *args, **kwargs)
         except TypeError:
-            return self  # a copy, which brings its own state; or wrong arguments, which __init__ is about to report
+            return self  # a copy, which restores its own state; or wrong arguments, which __init__ reports next
         bound.apply_defaults()
         named: dict[str, Any] = {}
         extra: tuple[Any, ...] = ()
@@ -41,7 +41,7 @@ class InitArgsMixin:
                 named.update(bound.arguments.get(name, {}))
             else:
                 named[name] = bound.arguments[name]
-        if extra:  # with *args in the signature, what stands before it can only be given by position again
+        if extra:  # with *args in the signature, the arguments before it can only be given by position
             before = [
                 n for n, p in inspect.signature(cls.__init__).parameters.items() if p.kind is p.POSITIONAL_OR_KEYWORD
             ]
@@ -54,25 +54,25 @@ def class_path(cls: type) -> str:
     """Return the dotted path by which a class is imported.
 
     Raises:
-        ValueError: The class is local to a function, or a lambda, so that no checkpoint could bring it back.
+        ValueError: The class is local to a function, so that it could not be imported when a checkpoint is loaded.
     """
     if getattr(sys.modules.get(cls.__module__), cls.__qualname__, None) is not cls:
         raise ValueError(
-            f"{cls.__module__}.{cls.__qualname__} cannot be imported by its name, so no checkpoint could bring it back; "
-            "define it at the top level of a module"
+            f"{cls.__module__}.{cls.__qualname__} cannot be imported by its name, so it could not be loaded from a "
+            "checkpoint; define it at the top level of a module"
         )
     return f"{cls.__module__}.{cls.__qualname__}"
 
 
 def to_config(value: Any) -> Any:
-    """Turn a value into primitives from which :func:`from_config` makes its equal.
+    """Turn a value into primitives from which :func:`from_config` rebuilds an equal value.
 
     Args:
-        value: A primitive, a tensor, a list, tuple or dict of describable values, an importable class, a
-            ``functools.partial`` of one, or an object whose class is :class:`InitArgsMixin`.
+        value: A primitive, a tensor, an importable class, a ``functools.partial`` of one, an object whose class derives
+            from :class:`InitArgsMixin`, or a list, tuple or dict of these.
 
     Raises:
-        ValueError: The value is none of these: a lambda or another function, a local class, an unrecorded object.
+        ValueError: The value is none of these, as a function, a local class, or an object of another class.
     """
     if isinstance(value, (*_PRIMITIVES, Tensor)):
         return value
@@ -84,22 +84,22 @@ def to_config(value: Any) -> Any:
         return {_KIND: "class", "class_path": class_path(value)}
     factory = as_factory(value)
     if factory is not None and isinstance(factory.func, type):
-        return _made_of("partial", factory.func, factory.args, factory.keywords)
+        return _call_config("partial", factory.func, factory.args, factory.keywords)
     if isinstance(value, InitArgsMixin):
-        return _made_of("object", type(value), *value.init_args)
+        return _call_config("object", type(value), *value.init_args)
     name = getattr(value, "__qualname__", type(value).__qualname__)
     raise ValueError(
-        f"{name} cannot be written into a checkpoint; give an importable class, a functools.partial of one, or numbers, "
-        "strings and lists of them"
+        f"{name} cannot be written into a checkpoint; give an importable class, a functools.partial of one, or "
+        "numbers, strings and lists of them"
     )
 
 
 def as_factory(value: Any) -> functools.partial[nn.Module] | None:
-    """Return a class with some of its arguments as a plain ``functools.partial`` of the class; None for anything else.
+    """Return a module class, with arguments bound to it, as a plain ``functools.partial``; None for any other value.
 
     Args:
-        value: A ``functools.partial`` of a class, or what jsonargparse makes of a ``class_path``: a partial of its own
-            function, with the class as its last positional argument.
+        value: A class; a ``functools.partial`` of one; or the partial that jsonargparse makes of a ``class_path``,
+            which binds jsonargparse's own function, with the class as the last positional argument.
     """
     if isinstance(value, type) and issubclass(value, nn.Module):
         return functools.partial(value)
@@ -112,16 +112,17 @@ def as_factory(value: Any) -> functools.partial[nn.Module] | None:
     return None
 
 
-def _made_of(kind: str, cls: type, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+def _call_config(kind: str, cls: type, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Describe the call of a class, made already ("object") or to be made ("partial")."""
     config = {_KIND: kind, "class_path": class_path(cls), "init_args": to_config(dict(kwargs))}
     return config | ({"args": to_config(list(args))} if args else {})
 
 
 def from_config(config: Any) -> Any:
-    """Make again what :func:`to_config` config.
+    """Rebuild the value that :func:`to_config` described.
 
     Raises:
-        ValueError: It names a class that is neither a known library's nor in a module imported before.
+        ValueError: The description names a class that is neither of a trusted package nor of an imported module.
     """
     if isinstance(config, list):
         return [from_config(item) for item in config]
@@ -129,7 +130,7 @@ def from_config(config: Any) -> Any:
         return config
     if _KIND not in config:
         return {key: from_config(item) for key, item in config.items()}
-    cls = known_class(config["class_path"])
+    cls = trusted_class(config["class_path"])
     if config[_KIND] == "class":
         return cls
     args, kwargs = from_config(config.get("args", [])), from_config(config["init_args"])
@@ -137,32 +138,32 @@ def from_config(config: Any) -> Any:
 
 
 def without_weights(config: Any) -> Any:
-    """Return what :func:`to_config` config, made without loading weights, at any depth."""
+    """Return a description by :func:`to_config` with all arguments ``weights`` set to None, at any depth."""
     if isinstance(config, list):
         return [without_weights(item) for item in config]
     if not isinstance(config, dict):
         return config
-    found = {key: without_weights(item) for key, item in config.items()}
-    if "weights" in found.get("init_args", {}):
-        found["init_args"]["weights"] = None
-    return found
+    changed = {key: without_weights(item) for key, item in config.items()}
+    if "weights" in changed.get("init_args", {}):
+        changed["init_args"]["weights"] = None
+    return changed
 
 
-def known_class(path: str) -> type[nn.Module]:
-    """Find the class that a checkpoint names, if a checkpoint may name it.
+def trusted_class(path: str) -> type[nn.Module]:
+    """Find a class that a checkpoint names, if it may name this class.
 
     Args:
         path: The dotted path of a subclass of ``torch.nn.Module``.
 
     Raises:
-        ValueError: The class is not of a trusted package, nor in a module that the program has imported; or it does not
-            exist, or is no ``nn.Module``.
+        ValueError: The class is neither of a trusted package nor of an imported module, does not exist, or is no
+            ``nn.Module``.
     """
     module_name, _, name = path.rpartition(".")
     if module_name == "__main__" and not hasattr(sys.modules["__main__"], name):
         raise ValueError(
-            f"the checkpoint names {name!r} of a script that was run by itself, which cannot be found again; put the class "
-            "into a module that the script imports, train with that, and import it before loading"
+            f"the checkpoint names the class {name!r}, which was defined in the script that trained it, so it cannot "
+            "be imported; put the class into a module, train again with that, and import the module before loading"
         )
     if module_name not in sys.modules:
         if module_name.partition(".")[0] not in TRUSTED_PACKAGES:
@@ -175,11 +176,11 @@ def known_class(path: str) -> type[nn.Module]:
             importlib.import_module(module_name)
         except ImportError as error:
             raise ValueError(
-                f"the checkpoint names the class {path!r}, and {module_name!r} cannot be imported"
+                f"the checkpoint names the class {path!r}, but {module_name!r} cannot be imported: {error}"
             ) from error
     cls = getattr(sys.modules[module_name], name, None)
     if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
-        raise ValueError(  # noqa: TRY004 - what is wrong is the checkpoint's content, not the type of an argument
-            f"the checkpoint names {path!r} as a class; that is not a subclass of torch.nn.Module here"
+        raise ValueError(  # noqa: TRY004 - the checkpoint's content is wrong, not the type of an argument
+            f"the checkpoint names {path!r} as a class, which is not a subclass of torch.nn.Module here"
         )
     return cls
