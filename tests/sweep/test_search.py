@@ -87,6 +87,20 @@ def test_a_head_is_the_same_whatever_else_is_tried() -> None:
     assert among.loss[1] == alone.loss[0]
 
 
+@pytest.mark.parametrize("folds", [0, 3])
+def test_equal_searches_give_equal_bits(folds: int) -> None:
+    features, target = overlapping_clouds(3, count=300)
+    train = LabelledFeatures({WHOLE: features[:200]}, target[:200])
+    val = LabelledFeatures({WHOLE: features[200:]}, target[200:])
+    candidates = [*GRID, Candidate(partial(MLPHead, hidden=(8,), dropout=0.5), HeadOptions(1e-2, 0.0))]
+    first, second = (run(train, val, 3, candidates=candidates, folds=folds) for _ in range(2))
+    assert torch.equal(first.accuracy, second.accuracy)
+    assert torch.equal(first.loss, second.loss)
+    assert (first.chosen, first.interval) == (second.chosen, second.interval)
+    for name, tensor in first.head.state_dict().items():
+        assert torch.equal(tensor, second.head.state_dict()[name])
+
+
 TRIALS = 200
 
 

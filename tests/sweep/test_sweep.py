@@ -99,6 +99,18 @@ def test_what_is_chosen_is_saved_tested_and_trained_again(
     assert best.read_bytes() == before
 
 
+def test_equal_sweeps_give_equal_bits(photos: Path, tmp_path: Path) -> None:
+    for _ in range(2):
+        main(["sweep", *cached(photos, tmp_path, *RATES, f"--heads={HEADS}", VAL)])
+    first, second = (tmp_path / "runs" / f"version_{number}" for number in range(2))
+    assert (first / "sweep.csv").read_bytes() == (second / "sweep.csv").read_bytes()
+    one, other = (
+        TransferClassifier.load_from_checkpoint(run / "checkpoints" / "best.ckpt").state_dict()
+        for run in (first, second)
+    )
+    assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+
+
 def test_heads_of_all_kinds_and_folds(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     main(["sweep", *cached(photos, tmp_path, *RATES, f"--heads={HEADS}", "--folds=3")])
     run = tmp_path / "runs" / "version_0"

@@ -11,7 +11,7 @@ from tests.heads.clouds import overlapping_clouds
 from tl_lightning.data.sampler import DistributedBatchSampler
 from tl_lightning.heads import LinearHead, MLPHead
 from tl_lightning.sweep import training as module
-from tl_lightning.sweep.training import Advance, HeadOptions, Training, train, train_alone, train_together
+from tl_lightning.sweep.training import Advance, HeadOptions, Loss, Training, train, train_alone, train_together
 
 
 def work(classes: int = 3, count: int = 230, features: int = 20, epochs: int = 4) -> Training:
@@ -62,29 +62,59 @@ def test_another_loss_is_used() -> None:
     torch.testing.assert_close(together[7].linear.weight, alone.linear.weight, rtol=1e-5, atol=1e-5)
 
 
-def test_what_is_slower_together_or_cannot_be_is_trained_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    batched: list[int] = []
+@pytest.fixture
+def batched(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Sizes of the groups of heads that were trained together."""
+    sizes: list[int] = []
 
     def spy(heads: list[LinearHead], rates: list[HeadOptions], training: Training, *advance: Advance) -> None:
-        batched.append(len(heads))
+        sizes.append(len(heads))
         train_together(heads, rates, training, *advance)
 
+    monkeypatch.setattr(module, "train_together", spy)
+    return sizes
+
+
+def test_only_linear_heads_without_dropout_are_trained_together(batched: list[int]) -> None:
     training = work(epochs=2)
     plain, rates = fifty(3, 20, standardize=True)
-    mixed: list[nn.Module] = [*plain[:6], MLPHead(20, 3, hidden=(8,)), LinearHead(20, 3, dropout=0.5), MLPHead(20, 3)]
-    expected = [copy.deepcopy(head) for head in mixed]
-    for seed, head in enumerate(expected):
-        torch.manual_seed(seed)
-        if not isinstance(head, LinearHead) or head.dropout.p == 0:
-            train_alone(head, rates[seed], training)
-    monkeypatch.setattr(module, "train_together", spy)
-    for faster in (True, False):
+    heads: list[nn.Module] = [*plain[:6], MLPHead(20, 3, hidden=(8,)), LinearHead(20, 3, dropout=0.5), MLPHead(20, 3)]
+    expected = [copy.deepcopy(head) for head in heads]
+    for head, rate in zip(expected, rates, strict=False):
+        train_alone(head, rate, training)
+    train(heads, rates[: len(heads)], training)
+    assert batched == [6]
+    for head, other in zip(heads, expected, strict=True):
+        for name, tensor in head.state_dict().items():
+            torch.testing.assert_close(tensor, other.state_dict()[name], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("classes", "together"), [(2, True), (78, True), (79, False)])
+def test_size_of_a_head_decides_whether_heads_are_trained_together(
+    classes: int, together: bool, batched: list[int]
+) -> None:
+    training = work(classes, count=64, features=1280, epochs=1)
+    for count in (2, 5):
         batched.clear()
-        heads = [copy.deepcopy(head) for head in mixed]
-        monkeypatch.setattr(module, "_is_faster_together", lambda *_, faster=faster: faster)
-        train(heads, rates[: len(heads)], training)
-        assert batched == ([6] if faster else [])
-        for number, (head, other) in enumerate(zip(heads, expected, strict=True)):
-            if number != 7:
-                for name, tensor in head.state_dict().items():
-                    torch.testing.assert_close(tensor, other.state_dict()[name], rtol=1e-5, atol=1e-5)
+        train([LinearHead(1280, classes) for _ in range(count)], [HeadOptions(1e-3, 0.0)] * count, training)
+        assert batched == ([count] if together else [])
+
+
+def branching(logits: Tensor, target: Tensor) -> Tensor:
+    loss = nn.functional.cross_entropy(logits, target)
+    return loss * 2 if loss.item() > 1 else loss
+
+
+def drawing(logits: Tensor, target: Tensor) -> Tensor:
+    return nn.functional.cross_entropy(nn.functional.dropout(logits, 0.1), target)
+
+
+@pytest.mark.parametrize("loss", [branching, drawing])
+def test_loss_that_vmap_refuses_trains_one_head_at_a_time(loss: Loss, batched: list[int]) -> None:
+    training = work(epochs=2)._replace(loss=loss)
+    heads, rates = fifty(3, 20, standardize=True)
+    alone = copy.deepcopy(heads[4])
+    train(heads[:6], rates[:6], training)
+    train_alone(alone, rates[4], training)
+    assert not batched
+    assert torch.equal(heads[4].linear.weight, alone.linear.weight)
