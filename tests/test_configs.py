@@ -37,7 +37,7 @@ def _few_cells(monkeypatch: pytest.MonkeyPatch) -> None:
     def lay_out(root: Path, classes: int) -> None:
         image_folder(root, {"defective": 15, "functional": 15})
 
-    monkeypatch.setattr("tl_lightning.data.demo._lay_out", lay_out)
+    monkeypatch.setattr("tl_lightning.data.demo._copy_images", lay_out)
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=[path.stem for path in CONFIGS])

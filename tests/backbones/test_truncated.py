@@ -93,9 +93,9 @@ def test_checkpoint_rebuilds_it_without_loading_weights(tmp_path: Path, monkeypa
     seen: list[str | None] = []
     construct = TinyBackbone.__init__
 
-    def watch(self: TinyBackbone, seed: int = 0, weights: str | None = "DEFAULT", chance: float = 0.3) -> None:
+    def watch(self: TinyBackbone, seed: int = 0, weights: str | None = "DEFAULT", dropout: float = 0.3) -> None:
         seen.append(weights)
-        construct(self, seed, weights, chance)
+        construct(self, seed, weights, dropout)
 
     monkeypatch.setattr(TinyBackbone, "__init__", watch)
     again = LinearProbe.load_from_checkpoint(file)

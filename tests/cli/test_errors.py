@@ -385,7 +385,7 @@ def test_mistake_in_ones_own_code_keeps_its_traceback() -> None:
             ["--backbone=TorchvisionBackbone", "--backbone.name=resnet18", "--backbone.weights=null", *PARTIAL],
             "backbone: TinyBackbone in the checkpoint, TorchvisionBackbone now",
         ),
-        ([BACKBONE, *PARTIAL, "--backbone.chance=0.1"], "backbone.chance: 0.3 in the checkpoint, 0.1 now"),
+        ([BACKBONE, *PARTIAL, "--backbone.dropout=0.1"], "backbone.dropout: 0.3 in the checkpoint, 0.1 now"),
         ([*PARTIAL, "--model.unfreeze_from=layer3"], "model.unfreeze_from: 'layer2' in the checkpoint, 'layer3' now"),
         ([*PARTIAL, "--model.head=MLPHead"], "model.head: None in the checkpoint, MLPHead"),
     ],

@@ -93,7 +93,7 @@ def test_installed_wheel_runs_the_quickstart_in_an_empty_folder(empty_folder: Pa
         "from tl_lightning.__main__ import main\n"
         f"sys.path.append({str(ROOT)!r})  # for the images of the tests, after the installed package\n"
         "from tests.doubles import image_folder\n"
-        "demo._lay_out = lambda root, classes: image_folder(root, {'defective': 15, 'functional': 15})\n"
+        "demo._copy_images = lambda root, classes: image_folder(root, {'defective': 15, 'functional': 15})\n"
         "print('imported from', demo.__file__)\n"
         "main()\n"
     )

@@ -597,7 +597,7 @@ def test_resumed_run_keeps_its_best_score_its_metrics_and_its_configuration(
     config = (run / "config.yaml").read_text()
     best = {"best.ckpt": (run / "checkpoints" / "best.ckpt").read_bytes()}
 
-    with pytest.raises(ValueError, match="drawn from seed 42 then and from 7 now"):
+    with pytest.raises(ValueError, match="drawn from seed 42 then and from seed 7 now"):
         main([*arguments, "--model.lr=0.5", "--seed_everything=7", "--trainer.max_epochs=9", "--ckpt_path=last"])
     assert (run / "config.yaml").read_text() == config, "a run that was refused has changed the configuration"
     assert (run / "metrics.csv").read_text().splitlines() == rows

@@ -32,7 +32,7 @@ def classes(module: ImageFolderDataModule, split: str) -> Counter[int]:
 # Splits ---------------------------------------------------------------------------------------------------------------
 
 
-def test_one_folder_is_split_by_class(photos: Path) -> None:
+def test_folder_of_class_folders_is_split_by_class(photos: Path) -> None:
     module = data(photos, val_fraction=0.25, test_fraction=0.25)
     module.setup("fit")
     assert module.class_names == ("ant", "bee", "cat")
@@ -64,7 +64,7 @@ def test_split_folders_are_taken_as_they_are(tmp_path: Path) -> None:
     assert {name: len(samples.files) for name, samples in module.splits.items()} == {"train": 12, "val": 4, "test": 6}
 
 
-def test_validation_is_split_off_train_where_there_is_no_folder(tmp_path: Path) -> None:
+def test_validation_is_split_off_train_without_a_val_folder(tmp_path: Path) -> None:
     image_folder(tmp_path / "train", {"ant": 10, "bee": 10})
     image_folder(tmp_path / "test", {"bee": 3})
     module = data(tmp_path, val_fraction=0.2)
@@ -72,16 +72,16 @@ def test_validation_is_split_off_train_where_there_is_no_folder(tmp_path: Path) 
     assert set(module.splits["test"].targets) == {1}, "a split that lacks a class does not shift the others' numbers"
 
 
-def test_validation_may_be_called_valid(tmp_path: Path) -> None:
+def test_validation_folder_may_be_called_valid(tmp_path: Path) -> None:
     for split in ("train", "valid"):
         image_folder(tmp_path / split, {"ant": 3, "bee": 3})
     module = data(tmp_path)
     assert "test" not in module.splits
-    with pytest.raises(ValueError, match="has images 6 for train, 6 for val, and none for 'test'; add a folder 'test'"):
+    with pytest.raises(ValueError, match="has 6 images for train, 6 images for val, but none for 'test'; add a"):
         module.setup("test")
 
 
-def test_split_folders_in_capitals_are_splits_all_the_same(tmp_path: Path) -> None:
+def test_split_folders_may_be_in_capitals(tmp_path: Path) -> None:
     for split in ("Training", "Val", "TEST"):
         image_folder(tmp_path / split, {"ant": 3, "bee": 3})
     module = data(tmp_path)
@@ -93,7 +93,7 @@ def test_classes_may_be_called_like_splits(tmp_path: Path) -> None:
     assert data(image_folder(tmp_path, {"train": 5, "bus": 5})).class_names == ("bus", "train")
 
 
-def test_hidden_files_and_folders_are_nothing(tmp_path: Path) -> None:
+def test_hidden_files_and_folders_are_ignored(tmp_path: Path) -> None:
     image_folder(tmp_path, {"ant": 3, "bee": 3, ".ipynb_checkpoints": 3, "__MACOSX": 2})
     save_image(tmp_path / "ant" / ".ipynb_checkpoints" / "x.png", 0)
     save_image(tmp_path / "ant" / "._000.png", 0)
@@ -109,7 +109,7 @@ def test_nested_folders_belong_to_their_class(tmp_path: Path) -> None:
     assert sum(classes(data(tmp_path), split)[1] for split in ("train", "val", "test")) == 4
 
 
-# Wrong input ----------------------------------------------------------------------------------------------------------
+# Invalid input --------------------------------------------------------------------------------------------------------
 
 
 def fit(module: ImageFolderDataModule) -> None:
@@ -117,7 +117,7 @@ def fit(module: ImageFolderDataModule) -> None:
     module.setup("fit")
 
 
-def test_missing_root_names_what_is_there(photos: Path) -> None:
+def test_missing_root_names_similar_folders(photos: Path) -> None:
     with pytest.raises(
         FileNotFoundError, match=r"photoz' does not exist: unknown folder 'photoz'; did you mean 'photos'"
     ):
@@ -128,26 +128,26 @@ def test_missing_root_names_what_is_there(photos: Path) -> None:
         fit(data(photos / "ant" / "000.png"))
 
 
-def test_empty_class(tmp_path: Path) -> None:
+def test_empty_class_folder_is_refused(tmp_path: Path) -> None:
     image_folder(tmp_path, {"ant": 3, "bee": 3})
     (tmp_path / "void").mkdir()
-    with pytest.raises(ValueError, match=r"class folder '.*void' holds no images \(\.bmp.*add images, or remove"):
+    with pytest.raises(ValueError, match=r"'.*void' holds no images \(accepted endings: \.bmp.*add images, or remove"):
         fit(data(tmp_path))
 
 
 @pytest.mark.parametrize(("given", "message"), [({"ant": 3}, "only the class folder 'ant'"), ({}, "no class folders")])
-def test_too_few_classes(tmp_path: Path, given: dict[str, int], message: str) -> None:
+def test_too_few_classes_are_refused(tmp_path: Path, given: dict[str, int], message: str) -> None:
     with pytest.raises(ValueError, match=f"{message}; a classifier needs at least two folders"):
         fit(data(image_folder(tmp_path, given)))
 
 
-def test_loose_images_are_counted(tmp_path: Path) -> None:
+def test_images_outside_class_folders_are_counted(tmp_path: Path) -> None:
     save_image(tmp_path / "a.png", 0)
-    with pytest.raises(ValueError, match="no class folders and 1 loose images"):
+    with pytest.raises(ValueError, match="no class folders and 1 image outside class folders"):
         fit(data(tmp_path))
 
 
-def test_no_images(tmp_path: Path) -> None:
+def test_folder_without_images_is_refused(tmp_path: Path) -> None:
     for name in ("ant", "bee"):
         (tmp_path / name).mkdir()
     with pytest.raises(ValueError, match="holds no images"):
@@ -156,42 +156,42 @@ def test_no_images(tmp_path: Path) -> None:
         data(tmp_path).setup("predict")
 
 
-def test_files_passed_over_are_counted(tmp_path: Path) -> None:
+def test_skipped_files_are_counted_by_ending(tmp_path: Path) -> None:
     root = image_folder(tmp_path, {"ant": 3, "bee": 3})
     for name in ("ant/a.HEIC", "ant/b.heic", "bee/notes", "bee/Thumbs.db", "bee/.DS_Store", "labels.csv"):
         (root / name).touch()
-    with pytest.warns(UserWarning, match=r"passed over: 2 \.heic, 1 without an ending; convert"):
+    with pytest.warns(UserWarning, match=r"are skipped: 2 \.heic, 1 without an ending; convert"):
         _ = data(root).splits
-    with pytest.warns(UserWarning, match=r"passed over: 2 \.heic, 1 \.csv, 1 without an ending; convert"):
+    with pytest.warns(UserWarning, match=r"are skipped: 2 \.heic, 1 \.csv, 1 without an ending; convert"):
         assert len(data(root).predict_files) == 6
     image_folder(tmp_path, {"cat": 1})
     (root / "cat" / "000.png").rename(root / "cat" / "000.heic")
-    with pytest.raises(ValueError, match=r"'.*cat' holds no images .*, but 3 \.heic, 1 without an ending; add images"):
+    with pytest.raises(ValueError, match=r"'.*cat' holds no images .*found: 3 \.heic, 1 without an ending\); add"):
         _ = data(root).splits
 
 
-def test_class_that_train_does_not_know(tmp_path: Path) -> None:
+def test_class_missing_in_train_is_refused(tmp_path: Path) -> None:
     image_folder(tmp_path / "train", {"ant": 3, "bee": 3})
     image_folder(tmp_path / "val", {"ant": 3, "bees": 3})
     with pytest.raises(ValueError, match=r"unknown class 'bees'; did you mean 'bee'\? train has ant, bee"):
         fit(data(tmp_path))
 
 
-def test_splits_without_train(tmp_path: Path) -> None:
+def test_splits_without_train_are_refused(tmp_path: Path) -> None:
     for split in ("val", "test"):
         image_folder(tmp_path / split, {"ant": 3, "bee": 3})
     with pytest.raises(ValueError, match="holds val, test but no 'train' folder"):
         fit(data(tmp_path))
 
 
-def test_scoring_needs_no_images_of_other_splits_and_not_all_classes(tmp_path: Path) -> None:
-    """The classes are the classifier's then."""
+def test_scoring_needs_neither_other_splits_nor_all_classes(tmp_path: Path) -> None:
+    """The class names then come from the classifier."""
     image_folder(tmp_path / "test", {"bee": 3, "cat": 2})
     module = data(tmp_path)
     module.class_names = ("ant", "bee", "cat")
     module.setup("test")
     assert module.splits["test"].targets == [1, 1, 1, 2, 2]
-    with pytest.raises(ValueError, match="has images 5 for test, and none for 'train'"):
+    with pytest.raises(ValueError, match="has 5 images for test, but none for 'train'"):
         module.setup("fit")
     module = data(tmp_path / "test", test_fraction=1)
     module.class_names = ("ant", "bee", "cat")
@@ -204,14 +204,14 @@ def test_scoring_needs_no_images_of_other_splits_and_not_all_classes(tmp_path: P
         module.setup("test")
 
 
-def test_two_folders_for_one_split(tmp_path: Path) -> None:
+def test_two_folders_for_one_split_are_refused(tmp_path: Path) -> None:
     for split in ("train", "val", "validation"):
         image_folder(tmp_path / split, {"ant": 3, "bee": 3})
     with pytest.raises(ValueError, match="val and validation, which all mean"):
         fit(data(tmp_path))
 
 
-def test_missing_preprocessing(photos: Path) -> None:
+def test_missing_preprocessing_is_refused(photos: Path) -> None:
     with pytest.raises(ValueError, match=r"pass preprocessing=backbone\.preprocessing"):
         ImageFolderDataModule(str(photos)).setup("fit")
 
@@ -221,18 +221,18 @@ def test_missing_preprocessing(photos: Path) -> None:
     [
         ({"batch_size": 0}, "batch_size is 0"),
         ({"val_fraction": 0.6, "test_fraction": 0.5}, "leave some images for training"),
-        ({"test_fraction": 1.1}, "test_fraction 1.1"),
+        ({"test_fraction": 1.1}, "test_fraction is 1.1"),
         ({"val_fraction": 0.0}, "val_fraction is 0.0"),
         ({"num_workers": -1}, "num_workers is -1"),
         ({"background": (0, 0, 256)}, "go from 0 to 255"),
     ],
 )
-def test_options_out_of_range(photos: Path, options: dict[str, Any], message: str) -> None:
+def test_options_out_of_range_are_refused(photos: Path, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         data(photos, **options)
 
 
-def test_no_path_leads_out_of_the_folder(tmp_path: Path) -> None:
+def test_links_out_of_the_folder_are_refused(tmp_path: Path) -> None:
     save_image(tmp_path / "secret" / "x.png", 0)
     root = image_folder(tmp_path / "photos", {"ant": 3, "bee": 3})
     (root / "ant" / "link.png").symlink_to(tmp_path / "secret" / "x.png")
@@ -248,11 +248,11 @@ def test_no_path_leads_out_of_the_folder(tmp_path: Path) -> None:
         fit(data(root))
 
 
-def test_link_to_nowhere_is_found_before_training(tmp_path: Path) -> None:
+def test_broken_link_is_found_before_training(tmp_path: Path) -> None:
     root = image_folder(tmp_path, {"ant": 3, "bee": 3})
     for target in ("gone.png", "link.png"):
         (root / "ant" / "link.png").symlink_to(root / "ant" / target)
-        with pytest.raises(ValueError, match=r"link\.png' leads nowhere"):
+        with pytest.raises(ValueError, match=r"link\.png' leads to nothing"):
             fit(data(root))
         (root / "ant" / "link.png").unlink()
 
@@ -266,7 +266,7 @@ def test_link_inside_the_folder_is_an_image(tmp_path: Path) -> None:
 # Loading --------------------------------------------------------------------------------------------------------------
 
 
-def test_augmentation_is_switched(photos: Path) -> None:
+def test_augment_option_switches_augmentation(photos: Path) -> None:
     plain, mild = (data(photos, augment=augment).train_dataloader() for augment in (False, True))
     still: list[Tensor] = []
     moving: list[Tensor] = []
@@ -281,7 +281,7 @@ def test_augmentation_is_switched(photos: Path) -> None:
     assert torch.equal(first, next(iter(data(photos).val_dataloader())).inputs)
 
 
-def test_prediction_takes_every_image_in_whatever_folder(tmp_path: Path) -> None:
+def test_prediction_takes_every_image_in_any_folder(tmp_path: Path) -> None:
     for name in ("b.png", "a.JPEG", "sub/deep/c.png", ".hidden/d.png"):
         save_image(tmp_path / name.replace("JPEG", "png"), 0)
     (tmp_path / "a.png").rename(tmp_path / "a.JPEG")
@@ -293,10 +293,10 @@ def test_prediction_takes_every_image_in_whatever_folder(tmp_path: Path) -> None
     assert torch.unique(batch.target).tolist() == [-1]
 
 
-# What a checkpoint remembers of the split -----------------------------------------------------------------------------
+# Splits of a checkpoint -----------------------------------------------------------------------------------------------
 
 
-# Testing needs none of the callbacks of training.
+# A test does not need the callbacks of the training run.
 pytestmark = pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`, callbacks:UserWarning")
 
 
@@ -318,47 +318,47 @@ def run_test(checkpoint: Path, module: pl.LightningDataModule) -> None:
     trainer.test(LinearProbe(TinyBackbone(), num_classes=3), module, ckpt_path=checkpoint, verbose=False)
 
 
-def test_interrupted_resumption_leaves_nothing_behind(photos: Path, tmp_path: Path) -> None:
-    """Neither worker processes of loaders that are no longer used, nor the place of a run for another one."""
+def test_interrupted_resume_leaves_no_workers_and_no_position(photos: Path, tmp_path: Path) -> None:
+    """Unused loaders end their worker processes, and the position of one run does not reach the next."""
     module = data(photos, num_workers=1, val_fraction=0.3)
     others = set(multiprocessing.active_children())
     for _ in range(2):
         module.setup("fit")
         loader = module.train_dataloader()
         assert len(list(loader)) == len(loader)
-        module._resume_at = loader.state_dict() | {"epoch": 0, "batches": 1}
+        module._resume_position = loader.state_dict() | {"epoch": 0, "batches": 1}
         del loader
     gc.collect()
-    assert len(set(multiprocessing.active_children()) - others) == 1, "those of the loader that is in use"
+    assert len(set(multiprocessing.active_children()) - others) == 1, "only the loader in use keeps its worker"
     module.teardown("fit")
     assert set(multiprocessing.active_children()) <= others
 
 
-def test_testing_on_images_trained_on_is_refused(photos: Path, tmp_path: Path) -> None:
+def test_testing_on_training_images_is_refused(photos: Path, tmp_path: Path) -> None:
     checkpoint = trained(photos, tmp_path, seed=1)
     run_test(checkpoint, data(photos, seed=1))
-    with pytest.raises(ValueError, match="would count as unseen: the split was drawn from seed 1 then and from 2 now"):
+    with pytest.raises(ValueError, match="count as unseen: the split was drawn from seed 1 then and from seed 2 now"):
         run_test(checkpoint, data(photos, seed=2))
-    with pytest.raises(ValueError, match="it is the same folder, divided in other shares"):
+    with pytest.raises(ValueError, match="the folder is the same, but its split fractions differ"):
         run_test(checkpoint, data(photos, seed=1, test_fraction=0.4))
 
 
 def test_validation_drawn_from_a_training_folder_is_checked(photos: Path, tmp_path: Path) -> None:
     shutil.copytree(photos, tmp_path / "photos" / "train")
     checkpoint = trained(tmp_path / "photos", tmp_path, seed=1)
-    with pytest.raises(ValueError, match="would count as unseen: the split was drawn from seed 1 then and from 2 now"):
+    with pytest.raises(ValueError, match="count as unseen: the split was drawn from seed 1 then and from seed 2 now"):
         trainer(tmp_path).validate(
             LinearProbe(TinyBackbone(), num_classes=3), data(tmp_path / "photos", seed=2), ckpt_path=checkpoint
         )
 
 
-def test_data_module_may_be_handed_to_another_process(photos: Path) -> None:
+def test_data_module_survives_pickling(photos: Path) -> None:
     module = data(photos)
     module.setup("fit")
     assert pickle.loads(pickle.dumps(module)).splits == module.splits  # noqa: S301 - our own
 
 
-def test_images_trained_on_are_known_whatever_serves_them(photos: Path, tmp_path: Path) -> None:
+def test_training_images_are_recognised_in_other_data_modules(photos: Path, tmp_path: Path) -> None:
     class Mine(ImageFolderDataModule):
         pass
 
@@ -373,7 +373,7 @@ def test_images_trained_on_are_known_whatever_serves_them(photos: Path, tmp_path
 
 
 class OwnData(pl.LightningDataModule):
-    """A user's own, with a state of its own."""
+    """A data module of a user, with a state of its own."""
 
     def __init__(self, photos: Path) -> None:
         super().__init__()
@@ -387,7 +387,7 @@ class OwnData(pl.LightningDataModule):
 
 
 @pytest.mark.parametrize("change", ["removed", "added", "renamed"])
-def test_images_trained_on_are_known_after_the_folder_has_changed(change: str, photos: Path, tmp_path: Path) -> None:
+def test_training_images_are_recognised_after_the_folder_has_changed(change: str, photos: Path, tmp_path: Path) -> None:
     checkpoint = trained(photos, tmp_path, seed=1)
     changed = tmp_path / "changed"
     shutil.copytree(photos, changed)
@@ -403,7 +403,7 @@ def test_images_trained_on_are_known_after_the_folder_has_changed(change: str, p
             run_test(checkpoint, data(changed, seed=seed, test_fraction=0.5))
 
 
-def test_copy_of_the_folder_is_known(photos: Path, tmp_path: Path) -> None:
+def test_copy_of_the_folder_is_recognised(photos: Path, tmp_path: Path) -> None:
     checkpoint = trained(photos, tmp_path, seed=1)
     shutil.copytree(photos, tmp_path / "copy")
     run_test(checkpoint, data(tmp_path / "copy", seed=1))
@@ -411,7 +411,7 @@ def test_copy_of_the_folder_is_known(photos: Path, tmp_path: Path) -> None:
         run_test(checkpoint, data(tmp_path / "copy", seed=2))
 
 
-def test_names_that_are_no_text_do_not_stop_a_run(tmp_path: Path) -> None:
+def test_file_names_that_are_not_unicode_do_not_stop_a_run(tmp_path: Path) -> None:
     root = image_folder(tmp_path / "photos", {"ant": 6, "bee": 6, "cat": 6})
     for name in ("ant", "bee", "cat"):
         for image in (root / name).iterdir():
@@ -420,7 +420,7 @@ def test_names_that_are_no_text_do_not_stop_a_run(tmp_path: Path) -> None:
 
 
 def test_testing_on_another_folder_is_allowed(photos: Path, tmp_path: Path) -> None:
-    """Its images have the names of those trained on, as cameras give them, and, of this format, their size."""
+    """Its images have the names and sizes of the training images, as with photos from the same camera."""
     first, other = tmp_path / "first", tmp_path / "other"
     for image in photos.rglob("*.png"):
         for root, change in ((first, ImageOps.mirror), (other, ImageOps.invert)):
@@ -449,7 +449,7 @@ class Indices(pl.Callback):
 
 
 @pytest.mark.filterwarnings("ignore:You requested to overfit but enabled:UserWarning")
-def test_few_batches_to_overfit_are_the_same_in_every_epoch(photos: Path, tmp_path: Path) -> None:
+def test_overfit_batches_are_the_same_in_every_epoch(photos: Path, tmp_path: Path) -> None:
     for few, same in ((2, True), (0, False)):
         seen = Indices()
         trainer(tmp_path, seen, max_epochs=2, overfit_batches=few, limit_train_batches=2).fit(

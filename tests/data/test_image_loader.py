@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from tl_lightning.batch import PADDING, Batch
-from tl_lightning.data.image_loader import ImageDataset, ImageLoader, load_by_threads, load_in_order
+from tl_lightning.data.image_loader import ImageDataset, ImageLoader, load_with_threads, load_with_workers
 from tl_lightning.data.sampler import DistributedBatchSampler, SampleKey
 
 
@@ -36,16 +36,16 @@ def test_batches_are_the_same_with_any_number_of_workers() -> None:
         assert all(other == first for other in others), epoch
 
 
-def test_threads_load_what_worker_processes_load() -> None:
+def test_threads_load_the_same_images_as_worker_processes() -> None:
     dataset = ImageDataset(read, None, lambda image: image.float(), seed=5)
     batches = [[SampleKey(i, 0, False) for i in part] for part in ([4, 0, 7], [2], [9, 9, 1, 3])]
-    by_threads, by_processes = load_by_threads(dataset, batches), load_in_order(dataset, batches, 1)
+    by_threads, by_processes = load_with_threads(dataset, batches), load_with_workers(dataset, batches, 1)
     for mine, theirs, keys in zip(by_threads, by_processes, batches, strict=True):
         assert torch.equal(mine, theirs)
         assert mine[:, 0, 0, 0].tolist() == [key.index for key in keys]
 
 
-def test_augmentation_depends_on_epoch_and_sample_alone() -> None:
+def test_augmentation_depends_only_on_epoch_and_sample() -> None:
     each = loader()
     seen: dict[tuple[int, int], float] = {}
     for epoch in (0, 1, 0):
@@ -57,27 +57,27 @@ def test_augmentation_depends_on_epoch_and_sample_alone() -> None:
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("left_after", [0, 1, 4, 6])
-def test_state_counts_what_was_handed_out(workers: int, left_after: int) -> None:
+@pytest.mark.parametrize("stop_after", [0, 1, 4, 6])
+def test_state_counts_the_batches_handed_out(workers: int, stop_after: int) -> None:
     whole = loader(workers)
     whole.sampler.set_epoch(2)
     expected = values(iter(whole))
-    left = loader(workers)
-    left.sampler.set_epoch(2)
-    iterator = iter(left)
-    for _ in range(left_after):
+    stopped = loader(workers)
+    stopped.sampler.set_epoch(2)
+    iterator = iter(stopped)
+    for _ in range(stop_after):
         next(iterator)
-    state = left.state_dict()
+    state = stopped.state_dict()
     order = {"seed": 5, "batch_size": 4, "processes": 1, "images": 23}
-    assert left_after == 0 or state == {"epoch": 2, "batches": left_after, "of": 6} | order
-    taken_up = loader(workers)
-    taken_up.load_state_dict(state)
-    resumed = iter(taken_up)  # Lightning makes the iterator before it says which epoch it is
-    taken_up.sampler.set_epoch(2)
-    assert values(resumed) == expected[left_after:]
-    taken_up.sampler.set_epoch(3)
+    assert stop_after == 0 or state == {"epoch": 2, "batches": stop_after, "of": 6} | order
+    resumed = loader(workers)
+    resumed.load_state_dict(state)
+    remaining = iter(resumed)  # Lightning makes the iterator before it sets the epoch
+    resumed.sampler.set_epoch(2)
+    assert values(remaining) == expected[stop_after:]
+    resumed.sampler.set_epoch(3)
     whole.sampler.set_epoch(3)
-    assert values(iter(taken_up)) == values(iter(whole)), "the next epoch is whole again"
+    assert values(iter(resumed)) == values(iter(whole)), "the next epoch is whole again"
 
 
 def test_state_survives_being_loaded_and_saved_at_once() -> None:
@@ -95,7 +95,7 @@ def test_rest_of_an_epoch_in_another_order_is_refused(name: str, was: int) -> No
     loader().load_state_dict(state | {"batches": 6})
 
 
-def test_place_is_taken_up_once() -> None:
+def test_position_is_restored_once() -> None:
     each = loader()
     each.load_state_dict(each.state_dict() | {"epoch": 3, "batches": 2})
     assert len(values(iter(each))) == len(each) - 2

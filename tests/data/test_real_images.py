@@ -1,4 +1,4 @@
-"""On real images and real weights, fine-tuning from stored activations is fine-tuning on images."""
+"""On real images and real weights, training on cached activations equals training on images."""
 
 import shutil
 from pathlib import Path
@@ -20,7 +20,7 @@ OPTIONS: dict[str, Any] = {"lr": 3e-3, "backbone_lr": 3e-4}
 
 @pytest.fixture(scope="module")
 def cells(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A hundred of each class."""
+    """Return a folder with a hundred images of each class."""
     everything = SolarCellsDataModule(root=str(tmp_path_factory.mktemp("all") / "cells"))
     everything.prepare_data()
     root = tmp_path_factory.mktemp("some")
@@ -44,7 +44,7 @@ def make(kind: str) -> tuple[TransferClassifier, list[pl.Callback]]:
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("kind", ["probe", "partial", "staged"])
-def test_cached_is_uncached(kind: str, cells: Path, tmp_path: Path) -> None:
+def test_training_on_cached_activations_equals_training_on_images(kind: str, cells: Path, tmp_path: Path) -> None:
     curves, scores = [], []
     for cache in (False, True):
         model, callbacks = make(kind)

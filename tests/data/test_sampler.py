@@ -13,7 +13,7 @@ def epoch(batches: DistributedBatchSampler, number: int) -> list[list[int]]:
 @pytest.mark.parametrize("world", [1, 2, 3])
 @pytest.mark.parametrize("shuffle", [True, False])
 @pytest.mark.parametrize("size", [1, 2, 8])
-def test_every_sample_once_and_ranks_in_step(length: int, world: int, shuffle: bool, size: int) -> None:
+def test_every_sample_comes_once_and_ranks_stay_in_step(length: int, world: int, shuffle: bool, size: int) -> None:
     ranks = [DistributedBatchSampler(length, size, shuffle=shuffle, rank=r, world_size=world) for r in range(world)]
     shapes = [[len(batch) for batch in rank] for rank in ranks]
     assert all(shape == shapes[0] for shape in shapes), "ranks differ in number or size of batches"
@@ -30,7 +30,7 @@ def test_every_sample_once_and_ranks_in_step(length: int, world: int, shuffle: b
         assert min(shapes[0]) > 1, "batch norm cannot train on one sample"
 
 
-def test_order_is_a_function_of_seed_and_epoch() -> None:
+def test_order_depends_only_on_seed_and_epoch() -> None:
     one, other = (DistributedBatchSampler(50, 7, shuffle=True, seed=3) for _ in range(2))
     orders = [epoch(one, e) for e in (0, 1, 2)]
     assert epoch(other, 2) == orders[2]
@@ -39,13 +39,13 @@ def test_order_is_a_function_of_seed_and_epoch() -> None:
     assert epoch(DistributedBatchSampler(50, 7, shuffle=True, seed=4), 0) != orders[0]
 
 
-def test_ranks_share_the_global_batches_of_one_process() -> None:
+def test_ranks_divide_the_global_batches_of_one_process() -> None:
     single = epoch(DistributedBatchSampler(48, 8, shuffle=True, seed=1), 5)
     halves = [epoch(DistributedBatchSampler(48, 4, shuffle=True, seed=1, rank=r, world_size=2), 5) for r in (0, 1)]
     assert single == [first + second for first, second in zip(*halves, strict=True)]
 
 
-def test_global_order_of_evaluation_is_the_order_of_the_index() -> None:
+def test_evaluation_keeps_the_order_of_the_index_on_all_ranks() -> None:
     ranks = [DistributedBatchSampler(11, 2, shuffle=False, rank=r, world_size=3) for r in range(3)]
     together = [key.index for batch in zip(*ranks, strict=True) for part in batch for key in part if not key.padding]
     assert together == list(range(11))

@@ -1,4 +1,4 @@
-"""Processes that load images end with the main one, however that ends, and at once."""
+"""Worker processes end at once with the main process, however that one ends."""
 
 import os
 import signal
@@ -15,7 +15,7 @@ CODE = """
 import os, signal, sys, time
 from tests.staged import images
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell ignores in what it runs in the background
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores it in background jobs
     data = images(sys.argv[1], num_workers=2, batch_size=2)
     data.setup("fit")
     batches = iter(data.train_dataloader())
@@ -40,7 +40,7 @@ def alive(process: str) -> bool:
 
 
 @pytest.mark.parametrize("how", ["end", "error", "SIGTERM", "SIGKILL", "SIGINT", "worker"])
-def test_no_worker_is_left_behind(how: str, photos: Path, tmp_path: Path) -> None:
+def test_no_worker_outlives_the_main_process(how: str, photos: Path, tmp_path: Path) -> None:
     (tmp_path / "script.py").write_text(CODE)
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(tmp_path / "script.py"), str(photos), how]
@@ -55,5 +55,5 @@ def test_no_worker_is_left_behind(how: str, photos: Path, tmp_path: Path) -> Non
         while any(map(alive, workers)) and time.monotonic() < begun + 25:
             time.sleep(0.05)
     assert len(workers) == 2
-    assert time.monotonic() - begun < 20, "the end took as long as a worker outlives SIGTERM"
+    assert time.monotonic() - begun < 20, "the workers waited until their grace period after SIGTERM was over"
     assert process.returncode == (-getattr(signal, how) if how.startswith("SIG") else how != "end")

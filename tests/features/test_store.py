@@ -25,9 +25,10 @@ from tl_lightning.features import (
     extraction,
 )
 from tl_lightning.features._disk_space import warn_of_large_rows
-from tl_lightning.features._manifest import FORMAT, Layout
+from tl_lightning.features._manifest import Layout
 from tl_lightning.features._messages import describe_gaps
 from tl_lightning.features._shards import write_shard
+from tl_lightning.features.cache_key import FORMAT
 from tl_lightning.images import read_image
 from tl_lightning.transforms import eval_transform
 
@@ -136,7 +137,7 @@ def test_every_change_is_named_by_its_field(root: Path, tmp_path: Path) -> None:
         "boundary": cache_key_of(TinyBackbone(), "layer3", background=(255,) * 3),
         "dtype": cache_key_of(TinyBackbone(), "layer2", background=(255,) * 3, dtype="float16"),
         "augmentation": cache_key_of(TinyBackbone(), "layer2", background=(255,) * 3, augmentation="flips"),
-        "backbone": cache_key_of(TinyBackbone(chance=0.1), "layer2", background=(255,) * 3),
+        "backbone": cache_key_of(TinyBackbone(dropout=0.1), "layer2", background=(255,) * 3),
     }
     for field, cache_key in others.items():
         with pytest.raises(StaleStoreError, match=f"do not fit: (.*; )?{field.strip()} is .* and was "):

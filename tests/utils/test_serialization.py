@@ -25,12 +25,12 @@ def test_objects_are_rebuilt_from_their_arguments() -> None:
     assert rebuilt.seen == (1, (2, 3), "y", {"extra": 0.5})
     backbone = from_config(to_config(TinyBackbone(seed=3)))
     assert isinstance(backbone, TinyBackbone)
-    assert backbone.init_args == ((), {"seed": 3, "weights": "DEFAULT", "chance": 0.3})
+    assert backbone.init_args == ((), {"seed": 3, "weights": "DEFAULT", "dropout": 0.3})
 
 
 def test_backbone_is_rebuilt_without_loading_weights() -> None:
     configs = without_weights(to_config([{"backbone": TinyBackbone(seed=3)}]))
-    assert from_config(configs)[0]["backbone"].init_args == ((), {"seed": 3, "weights": None, "chance": 0.3})
+    assert from_config(configs)[0]["backbone"].init_args == ((), {"seed": 3, "weights": None, "dropout": 0.3})
 
 
 def test_classes_and_partials_are_rebuilt() -> None:

@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 from tl_lightning.backbones import Backbone
 from tl_lightning.batch import UNLABELLED
 from tl_lightning.data.image_folder import ImageFolderDataModule
-from tl_lightning.data.image_loader import load_by_threads, load_in_order
+from tl_lightning.data.image_loader import load_with_threads, load_with_workers
 from tl_lightning.data.splits import TRAIN
 from tl_lightning.features import (
     CacheKey,
@@ -161,7 +161,11 @@ class FeatureCache:
 
         def load(keys: Sequence[Sequence[str]]) -> Iterator[Tensor]:
             by_threads = device.type == "cpu" and not augmented  # augmentation draws from generators that threads share
-            loaded = load_by_threads(images, keys) if by_threads else load_in_order(images, keys, self.images.workers)
+            loaded = (
+                load_with_threads(images, keys)
+                if by_threads
+                else load_with_workers(images, keys, self.images.effective_num_workers)
+            )
             for batch in loaded:
                 on_device = batch.to(device)
                 yield on_device if on_device.is_floating_point() else finish(on_device)

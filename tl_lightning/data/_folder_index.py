@@ -1,4 +1,4 @@
-"""Classes, splits and images of a folder."""
+"""List the classes, splits and images of a folder."""
 
 import functools
 from collections import Counter
@@ -7,20 +7,19 @@ from pathlib import Path
 
 from lightning.pytorch.utilities import rank_zero_warn
 
-from tl_lightning.data._files import check_root, find_images, instead, kinds, subfolders
+from tl_lightning.data._files import check_root, describe_skipped, describe_suffixes, find_images, subfolders
 from tl_lightning.data.splits import SPLIT_FOLDERS, TRAIN, Samples, stratified_split
 from tl_lightning.images import IMAGE_SUFFIXES
 from tl_lightning.utils.messages import unknown
 
 
 class FolderIndex:
-    """Look at a folder of images once, when something is asked of it.
+    """Search a folder of images once, at the first access to one of the properties.
 
     Args:
         root: The folder.
-        val_fraction: Share of all labelled images that is split off for validation where no folder gives it.
-        test_fraction: Share of all labelled images that is split off for testing where no folder gives any split; 1 takes
-            all of them.
+        val_fraction: Share of all labelled images for validation, if there is no folder for that split.
+        test_fraction: Share of all labelled images for testing, if there are no split folders; 1 takes all images.
         seed: Seed of the split.
     """
 
@@ -32,37 +31,39 @@ class FolderIndex:
 
     @functools.cached_property
     def class_names(self) -> tuple[str, ...]:
-        """Names of the classes, in the order of their numbers: the folders of ``train``.
+        """Names of the classes, in the order of their numbers: the folders in ``train``, sorted.
 
-        To score a classifier on images of which some classes, or the training images, are missing, set them to its own.
+        If some classes or the training images are missing, set them to the class names of the classifier to be scored.
 
         Raises:
             FileNotFoundError: The root does not exist.
-            ValueError: There are fewer than two class folders, or folders for other splits than ``train`` alone.
+            ValueError: There are fewer than two class folders, or split folders without ``train``.
         """
         root = check_root(self.root)
         given = split_folders(root)
         if given and TRAIN not in given:
-            raise ValueError(f"{str(root)!r} holds {', '.join(p.name for p in given.values())} but no 'train' folder")
+            raise ValueError(
+                f"{str(root)!r} holds {', '.join(p.name for p in given.values())} but no 'train' folder; add one"
+            )
         return tuple(class_folders(given.get(TRAIN, root)))
 
     @functools.cached_property
     def splits(self) -> dict[str, Samples]:
-        """The labelled images of each split that there is: ``train``, ``val``, ``test``.
+        """The labelled images of each split that exists: ``train``, ``val``, ``test``.
 
         Raises:
             FileNotFoundError: The root does not exist.
-            ValueError: A class without images, a class that ``train`` does not know, or too few images.
+            ValueError: A class has no images or is missing in ``train``, or there are too few images.
         """
         root, names = check_root(self.root), self.class_names
         given = split_folders(root)
-        undivided = {"test" if self.test_fraction == 1 else TRAIN: root}
-        others: Counter[str] = Counter()
+        unsplit = {"test" if self.test_fraction == 1 else TRAIN: root}
+        skipped: Counter[str] = Counter()
         found = {
-            split: find_samples(root, folder, names, others, complete=split == TRAIN)
-            for split, folder in (given or undivided).items()
+            split: find_samples(root, folder, names, skipped, require_all_classes=split == TRAIN)
+            for split, folder in (given or unsplit).items()
         }
-        self._warn_of(others)
+        self._warn_about(skipped)
         if TRAIN not in found:
             return found
         fractions = {}
@@ -77,43 +78,43 @@ class FolderIndex:
 
     @property
     def num_images(self) -> int:
-        """Number of labelled images, of all splits."""
+        """Number of labelled images in all splits."""
         return sum(len(samples.files) for samples in self.splits.values())
 
-    def is_drawn(self, split: str) -> bool:
-        """Return whether a split was drawn from the seed, rather than given by a folder or as all images."""
+    def is_random_split(self, split: str) -> bool:
+        """Return whether a split was drawn at random, rather than given by a folder or made of all images."""
         return split not in split_folders(self.root) and len(self.splits) > 1
 
     @functools.cached_property
     def images(self) -> list[str]:
-        """Paths, relative to the root, of all images below it, in whatever folders.
+        """Paths, relative to the root, of all images below it, in any folder.
 
         Raises:
             FileNotFoundError: The root does not exist.
             ValueError: There are no images.
         """
         root = check_root(self.root)
-        others: Counter[str] = Counter()
-        files = sorted(find_images(root, root, others))
+        skipped: Counter[str] = Counter()
+        files = sorted(find_images(root, root, skipped))
         if not files:
-            raise ValueError(f"{str(root)!r} holds no images to predict {instead(others)}")
-        self._warn_of(others)
+            raise ValueError(f"{str(root)!r} holds no images to predict {describe_suffixes(skipped)}")
+        self._warn_about(skipped)
         return files
 
-    def _warn_of(self, others: Counter[str]) -> None:
-        """Name the files that are not taken for images: they may be photos of a kind that cannot be read."""
-        if others:
+    def _warn_about(self, skipped: Counter[str]) -> None:
+        """Name the files with other endings, since they may be photos in a format that cannot be read."""
+        if skipped:
             rank_zero_warn(
-                f"{str(self.root)!r} holds files that are not taken for images, and are passed over: "
-                f"{kinds(others)}; convert those that are images to one of {', '.join(sorted(IMAGE_SUFFIXES))}"
+                f"{str(self.root)!r} holds files that are not treated as images and are skipped: "
+                f"{describe_skipped(skipped)}; convert images among them to one of {', '.join(sorted(IMAGE_SUFFIXES))}"
             )
 
 
 def split_folders(root: Path) -> dict[str, Path]:
-    """Return the folders of the splits by name; nothing where the root holds classes itself.
+    """Return the folders of the splits by name; an empty dict if the root itself holds the class folders.
 
     Raises:
-        ValueError: There are several folders for a split.
+        ValueError: There are several folders for one split.
     """
     found: dict[str, Path] = {}
     for split, names in SPLIT_FOLDERS.items():
@@ -132,51 +133,53 @@ def class_folders(folder: Path) -> list[str]:
     """Return the names of the class folders, sorted.
 
     Raises:
-        ValueError: There is none, or only one.
+        ValueError: There are fewer than two.
     """
     names = subfolders(folder)
     if len(names) < 2:
-        what = f"only the class folder {names[0]!r}" if names else "no class folders"
+        found = f"only the class folder {names[0]!r}" if names else "no class folders"
         loose = sum(1 for entry in folder.iterdir() if entry.suffix.lower() in IMAGE_SUFFIXES)
+        beside = f" and {loose} image{'s' * (loose > 1)} outside class folders" if loose else ""
         raise ValueError(
-            f"{str(folder)!r} holds {what}{f' and {loose} loose images' if loose else ''}; a classifier needs at least two "
-            "folders, each named after a class and holding its images (or 'train', 'val' and 'test' folders of such)"
+            f"{str(folder)!r} holds {found}{beside}; a classifier needs at least two folders, each named after a class "
+            "and holding its images (or 'train', 'val' and 'test' folders of such class folders)"
         )
     return names
 
 
 def find_samples(
-    root: Path, folder: Path, class_names: Sequence[str], others: Counter[str], *, complete: bool
+    root: Path, folder: Path, class_names: Sequence[str], skipped: Counter[str], *, require_all_classes: bool
 ) -> Samples:
     """Find the labelled images of a folder of class folders.
 
     Args:
-        root: What the paths are relative to.
-        folder: Holds the class folders; ``root``, or one of its split folders.
-        class_names: The classes, in the order of their numbers.
-        others: Counts, by their ending, the files that are not taken for images.
-        complete: Every class folder must hold an image.
+        root: The data folder; paths are relative to it.
+        folder: The folder that holds the class folders: ``root`` or one of its split folders.
+        class_names: Names of the classes, in the order of their numbers.
+        skipped: Counts the files that are not treated as images, by their ending.
+        require_all_classes: Refuse class folders without images.
 
     Raises:
-        ValueError: There are folders of other classes, or no images of some class that should have them.
+        ValueError: A folder is not named after a class, or images are missing.
     """
     here = subfolders(folder)
     for name in here:
         if name not in class_names:
             raise ValueError(
-                f"{str(folder)!r}: {unknown('class', name, class_names, of='train')}; every class must be there in training, "
-                "so rename the folder or add the class to 'train'"
+                f"{str(folder)!r}: {unknown('class', name, class_names, of='train')}; every class needs training "
+                "images, so rename the folder or add the class to 'train'"
             )
     files: list[str] = []
     targets: list[int] = []
     for target, name in enumerate(class_names):
-        images = list(find_images(root, folder / name, others)) if name in here else []
-        if not images and complete and name in here:
+        images = list(find_images(root, folder / name, skipped)) if name in here else []
+        if not images and require_all_classes and name in here:
             raise ValueError(
-                f"the class folder {str(folder / name)!r} holds no images {instead(others)}; add images, or remove the folder"
+                f"the class folder {str(folder / name)!r} holds no images {describe_suffixes(skipped)}; add images, or "
+                "remove the folder"
             )
         files += images
         targets += [target] * len(images)
     if not files:
-        raise ValueError(f"{str(folder)!r} holds no images in folders named after classes {instead(others)}")
+        raise ValueError(f"{str(folder)!r} holds no images in folders named after classes {describe_suffixes(skipped)}")
     return Samples(files, targets)

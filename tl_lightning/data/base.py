@@ -1,4 +1,4 @@
-"""A data module whose training can be left in the middle of an epoch and taken up again there."""
+"""A data module that resumes training within an epoch."""
 
 from abc import abstractmethod
 from pathlib import Path
@@ -12,80 +12,88 @@ from tl_lightning.data.loader import EpochLoader
 from tl_lightning.data.provenance import Provenance, check_resumed_images, check_unseen
 from tl_lightning.data.sampler import DistributedBatchSampler
 
-_SCORED = {"validate": "val", "test": "test"}
+_SCORED_SPLITS = {"validate": "val", "test": "test"}
 
 
 class ResumableDataModule(ImageSource, LightningDataModule):
-    """A data module that keeps its place in the training data, and which images these are, in checkpoints."""
+    """Save the position in the training data and the identity of the training images in checkpoints.
+
+    A resumed run continues with the next batch. A run on other images is refused, and so is a score on training images.
+    A subclass sets the attributes and returns an :class:`EpochLoader` from each ``*_dataloader`` hook: built on
+    :meth:`make_batch_sampler`, and in ``train_dataloader`` passed through :meth:`register_train_loader`.
+    """
 
     root: Path
-    """What messages call the data."""
+    """Folder of the images, for messages."""
     batch_size: int
+    """Samples per batch and process."""
     seed: int
+    """Seed of the order of the training data."""
     _train_loader: EpochLoader | None = None
-    _resume_at: dict[str, int] | None = None
+    _resume_position: dict[str, int] | None = None
 
     @abstractmethod
     def provenance(self) -> Provenance:
-        """Return what identifies the training images."""
+        """Return the identity of the training images."""
 
     @abstractmethod
-    def identify(self, split: str) -> Tensor:
-        """Return a number for each image of a split (N,), int64, by which it is known again."""
+    def image_ids(self, split: str) -> Tensor:
+        """Return a number for each image of a split (N,), int64, that identifies the image in later runs."""
 
-    def order(self, length: int, *, shuffle: bool) -> DistributedBatchSampler:
-        """Return the batches of this process.
+    def make_batch_sampler(self, length: int, *, shuffle: bool) -> DistributedBatchSampler:
+        """Make the batch sampler of this rank.
 
         Args:
-            length: Number of samples.
-            shuffle: Whether it is for training.
+            length: Number of samples of the split.
+            shuffle: Draw a new order for each epoch, as in training.
         """
         rank, world_size = 0, 1
         if self.trainer is not None:
             rank, world_size = self.trainer.global_rank, self.trainer.world_size
-        batches = DistributedBatchSampler(
+        sampler = DistributedBatchSampler(
             length, self.batch_size, shuffle=shuffle, seed=self.seed, rank=rank, world_size=world_size
         )
         overfit = self.trainer is not None and self.trainer.overfit_batches > 0  # type: ignore[attr-defined]  # Lightning sets it
-        batches.repeat_first_epoch = overfit and shuffle
-        return batches
+        sampler.fixed_order = overfit and shuffle
+        return sampler
 
-    def train_on(self, loader: EpochLoader) -> EpochLoader:
-        """Note what training iterates, and take it to the place of a checkpoint."""
+    def register_train_loader(self, loader: EpochLoader) -> EpochLoader:
+        """Save the position of a training loader in checkpoints, and restore it from a loaded one."""
         self._train_loader = loader
-        if self._resume_at is not None:
-            loader.load_state_dict(self._resume_at)
+        if self._resume_position is not None:
+            loader.load_state_dict(self._resume_position)
         return loader
 
     def setup(self, stage: str) -> None:
-        """Forget the place of another run, which may have been interrupted; that of a resumed one is loaded after this."""
+        """Forget the position of an earlier run; the checkpoint of a resumed run is loaded after this hook."""
         if stage == "fit":
-            self._train_loader = self._resume_at = None
+            self._train_loader = self._resume_position = None
 
     def teardown(self, stage: str) -> None:
-        """Forget the place of a checkpoint, which was that of one run."""
-        self._resume_at = None
+        """Forget the position of the checkpoint, which belongs to one run."""
+        self._resume_position = None
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what identifies the split, and the place in the training data, for a checkpoint.
+        """Return the position in the training data and the identity of the training images, for a checkpoint.
 
-        Lightning asks the loader for its place as well, but does not give it back where the length of the run was asked
-        for before, as a schedule does (lightning.pytorch.loops.fit_loop, ``setup_data`` returns early).
+        Lightning saves the state of the loader too. It does not restore that state if the length of the run was
+        computed before, as a scheduler does (lightning.pytorch.loops.fit_loop, ``setup_data`` returns early).
         """
-        place = None if self._train_loader is None else self._train_loader.state_dict()
-        return {"place": place, "images": self.provenance()}
+        position = None if self._train_loader is None else self._train_loader.state_dict()
+        return {"place": position, "images": self.provenance()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from a place in the training data, and make sure that what was trained on is not what is tested on.
+        """Restore the position in the training data, and check that the images fit the checkpoint.
 
         Raises:
-            ValueError: The checkpoint was trained on other images, or on those that are to be scored.
+            ValueError: The checkpoint was trained on other images, or on images that are to be scored.
         """
-        doing = None if self.trainer is None else self.trainer.state.fn
-        if doing in _SCORED:
-            check_unseen(state_dict["images"], self.provenance(), self.identify(_SCORED[doing]), self.root)
-        if doing == "fit":
+        running = None if self.trainer is None else self.trainer.state.fn
+        if running in _SCORED_SPLITS:
+            scored = self.image_ids(_SCORED_SPLITS[running])
+            check_unseen(state_dict["images"], self.provenance(), scored, self.root)
+        if running == "fit":
             check_resumed_images(state_dict["images"], self.provenance(), self.root)
-            self._resume_at = state_dict["place"]
-            if self._train_loader is not None and self._resume_at is not None:
-                self._train_loader.load_state_dict(self._resume_at)
+            self._resume_position = state_dict["place"]
+            if self._train_loader is not None and self._resume_position is not None:
+                self._train_loader.load_state_dict(self._resume_position)

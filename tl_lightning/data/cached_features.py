@@ -69,10 +69,10 @@ class CachedFeaturesDataModule(ResumableDataModule):
         self.cache = FeatureCache(images, folder, dtype, views)
         self._rows: dict[tuple[str, int | None], tuple[str, FeatureRows]] = {}
 
-    # The images --------------------------------------------------------------------------------------------
+    # The images -----------------------------------------------------------------------------------------------------
 
-    @property  # type: ignore[override]  # read-only here
-    def class_names(self) -> tuple[str, ...]:
+    @property
+    def class_names(self) -> tuple[str, ...]:  # type: ignore[override]  # read-only here
         """Names of the classes, in the order of their numbers."""
         return self.images.class_names
 
@@ -81,8 +81,8 @@ class CachedFeaturesDataModule(ResumableDataModule):
         """Number of classes."""
         return self.images.num_classes
 
-    @property  # type: ignore[override]  # read-only here
-    def preprocessing(self) -> Preprocessing | None:
+    @property
+    def preprocessing(self) -> Preprocessing | None:  # type: ignore[override]  # read-only here
         """Preprocessing of the images; None before ``setup`` if none was given."""
         return self.images.preprocessing
 
@@ -91,8 +91,8 @@ class CachedFeaturesDataModule(ResumableDataModule):
         """The labelled images of each existing split."""
         return self.images.splits
 
-    @property  # type: ignore[override]  # read-only here
-    def predict_files(self) -> list[str]:
+    @property
+    def predict_files(self) -> list[str]:  # type: ignore[override]  # read-only here
         """Paths, relative to the root, of the images to predict."""
         return self.images.predict_files
 
@@ -100,11 +100,11 @@ class CachedFeaturesDataModule(ResumableDataModule):
         """Identify the training images."""
         return self.images.provenance()
 
-    def identify(self, split: str) -> Tensor:
+    def image_ids(self, split: str) -> Tensor:
         """Return a number that identifies each image of a split (N,), int64."""
-        return self.images.identify(split)
+        return self.images.image_ids(split)
 
-    # The cached activations -------------------------------------------------------------------------------------------
+    # The cached activations -----------------------------------------------------------------------------------------
 
     @property
     def network(self) -> Backbone:
@@ -197,7 +197,7 @@ class CachedFeaturesDataModule(ResumableDataModule):
 
     def train_dataloader(self) -> EpochLoader:
         """Serve the cached activations of the training images, shuffled."""
-        return self.train_on(self._loader(TRAIN))
+        return self.register_train_loader(self._loader(TRAIN))
 
     def val_dataloader(self) -> EpochLoader:
         """Serve the cached activations of the validation images, in order."""
@@ -224,7 +224,9 @@ class CachedFeaturesDataModule(ResumableDataModule):
         self.complete(self.boundaries(fitting=self._is_fitting()).values())
         shuffle = split == TRAIN
         return FeatureLoader(
-            lambda epoch: self._rows_at(split, epoch), samples.targets, self.order(len(samples.files), shuffle=shuffle)
+            lambda epoch: self._rows_at(split, epoch),
+            samples.targets,
+            self.make_batch_sampler(len(samples.files), shuffle=shuffle),
         )
 
     def _is_fitting(self) -> bool:

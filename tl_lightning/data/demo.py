@@ -1,4 +1,4 @@
-"""The demo data: real images that come out of a package, so that no download is needed."""
+"""Demo data: real images from an installed package, so that no download is needed."""
 
 import importlib.util
 import shutil
@@ -20,21 +20,24 @@ _CLASSES = {
 class SolarCellsDataModule(ImageFolderDataModule):
     """Serve 2,624 electroluminescence images of solar cells, 300 x 300 pixels, functional or defective.
 
-    The images are those of the package ``elpv-dataset`` (Deitsch et al. 2019, https://doi.org/10.1016/j.solener.2019.02.067;
-    CC BY-NC-SA 4.0), copied once into a folder of class folders and served like any other such folder. Experts gave each
-    cell a probability of being defective: 0, 1/3, 2/3 or 1. Two classes put 2/3 and 1 under ``defective``.
+    The images come from the package ``elpv-dataset`` (Deitsch et al. 2019,
+    https://doi.org/10.1016/j.solener.2019.02.067; CC BY-NC-SA 4.0). They are copied once into a folder of class folders
+    and served like any other such folder. Experts gave each cell a probability of being defective: 0, 1/3, 2/3 or 1.
+    With two classes, 2/3 and 1 are ``defective``.
 
     Args:
         classes: 2, or 4 for one class per probability.
-        root: Where the image folder is laid out; None takes the user's cache folder.
+        root: Folder for the copied images; None takes the user's cache folder.
         batch_size: Samples per batch and process.
-        num_workers: Processes that load images, for each training process; None chooses by the number of CPUs.
+        num_workers: Worker processes that load images, per training process; None chooses by the number of CPUs.
         augment: Train on random crops and flips of the images.
         min_crop: Smallest share of a cell's area that a random crop keeps.
-        val_fraction: Share of the images that is split off for validation.
-        test_fraction: Share of the images that is split off for testing.
-        seed: Seed of the split, the order and the augmentation; None takes that of ``seed_everything``, else 42.
-        preprocessing: What the backbone wants: ``backbone.preprocessing``. The command line fills it in.
+        val_fraction: Share of the images for validation.
+        test_fraction: Share of the images for testing.
+        seed: Seed of the split, the order and the augmentation; None takes the seed of ``seed_everything``, otherwise
+            42.
+        preprocessing: Preprocessing that the backbone expects: ``backbone.preprocessing``. The command line fills it
+            in.
 
     Raises:
         ValueError: ``classes`` is neither 2 nor 4, or a fraction, the crop or the batch size is out of range.
@@ -72,45 +75,45 @@ class SolarCellsDataModule(ImageFolderDataModule):
         self.class_names = _CLASSES[classes]
 
     def prepare_data(self) -> None:
-        """Lay the images out, if this has not been done before.
+        """Copy the images into class folders, unless an earlier run has done so.
 
         Raises:
             ModuleNotFoundError: The package with the images is not installed.
-            FileExistsError: The root holds something else.
+            FileExistsError: The root holds other files.
         """
         self.root.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{self.root}.lock"):
             if not self.root.exists():
-                _lay_out(self.root, self.classes)
+                _copy_images(self.root, self.classes)
         found = tuple(sorted(entry.name for entry in self.root.iterdir()))
         if found != self.class_names:
             raise FileExistsError(
-                f"{str(self.root)!r} is not the solar cells in {self.classes} classes, since it holds {', '.join(found)}; "
-                "give another root, or remove it"
+                f"{str(self.root)!r} does not hold the solar cells in {self.classes} classes, but {', '.join(found)}; "
+                "give another root, or remove this one"
             )
 
     def setup(self, stage: str) -> None:
-        """Lay the images out where Lightning has not done it, then look at them."""
+        """Copy the images if Lightning has not called :meth:`prepare_data`, then list them."""
         if not self.root.exists():
             self.prepare_data()
         super().setup(stage)
 
 
-def _lay_out(root: Path, classes: int) -> None:
+def _copy_images(root: Path, classes: int) -> None:
     found = importlib.util.find_spec("elpv_dataset")
     if found is None or found.origin is None:
         raise ModuleNotFoundError(
-            "the solar cells come with the package 'elpv-dataset', which is not installed: run 'pip install elpv-dataset', "
-            "or install tl_lightning with its extra 'demo'"
+            "the solar cells come with the package 'elpv-dataset', which is not installed: run 'pip install "
+            "elpv-dataset', or install tl_lightning with its extra 'demo'"
         )
     data = Path(found.origin).parent / "data"
     unfinished = Path(tempfile.mkdtemp(dir=root.parent, prefix=f".{root.name}."))
     for name in _CLASSES[classes]:
         (unfinished / name).mkdir()
     for line in (data / "labels.csv").read_text().splitlines():
-        image, probability, _kind = line.split()
+        image, probability, _cell_type = line.split()
         number = round(float(probability) * 3)
         name = _CLASSES[4][number] if classes == 4 else _CLASSES[2][0 if number >= 2 else 1]
         shutil.copyfile(data / image, unfinished / name / Path(image).name)
     unfinished.chmod(0o755)
-    unfinished.rename(root)  # all at once: nobody ever sees a part of it
+    unfinished.rename(root)  # atomic: no other process ever sees an incomplete folder

@@ -27,7 +27,7 @@ class FeatureLoader(EpochLoader):
         self._rows_at = rows_at
         self._targets = torch.tensor(targets)
 
-    def produce(self) -> Iterator[Batch]:
+    def load_batches(self) -> Iterator[Batch]:
         """Yield the batches of the epoch."""
         boundary, rows = self._rows_at(self.sampler.epoch)
         batches = list(self.sampler.batches())

@@ -1,4 +1,4 @@
-"""A folder of images as training, validation, test and prediction data."""
+"""Serve a folder of images as training, validation, test and prediction data."""
 
 import weakref
 from collections.abc import Sequence
@@ -12,41 +12,43 @@ from tl_lightning.data._folder_index import FolderIndex
 from tl_lightning.data.base import ResumableDataModule
 from tl_lightning.data.image_loader import ImageDataset, ImageLoader, Transform
 from tl_lightning.data.loader import EpochLoader
-from tl_lightning.data.provenance import Provenance, describe_training_images, identify
+from tl_lightning.data.provenance import Provenance, compute_image_ids, describe_training_images
 from tl_lightning.data.splits import Samples
 from tl_lightning.images import WHITE, ImageReader
 from tl_lightning.transforms import Flip, Preprocessing, eval_transform, train_transform
 from tl_lightning.utils.seeding import run_seed
 
-_MOST_WORKERS = 8
-_SPLITS_OF = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",)}
+_MAX_WORKERS = 8
+_SPLITS_OF_STAGE = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",)}
 
 
 class ImageFolderDataModule(ResumableDataModule):
     """Serve the images of a folder that holds one folder for each class.
 
-    Where the root holds ``train``, ``val`` and ``test`` folders of class folders, these are the splits; without ``val``, a
-    part of ``train`` is split off for validation. Where the root holds class folders itself, validation and test parts are
-    split off: a stratified draw from the seed, the same on every rank. Classes are the folders of ``train``, sorted. For
-    prediction all images below the root are taken, in whatever folders.
+    If the root holds ``train``, ``val`` and ``test`` folders of class folders, they are the splits; without ``val``, a
+    part of ``train`` is split off for validation. If the root itself holds the class folders, validation and test
+    images are split off: a stratified draw from the seed, the same on every rank. The classes are the folders in
+    ``train``, sorted. Prediction takes all images below the root, in any folder.
 
     Args:
         root: The folder.
         batch_size: Samples per batch and process.
-        num_workers: Processes that load images, for each training process; None chooses by the number of CPUs.
+        num_workers: Worker processes that load images, per training process; None chooses by the number of CPUs.
         augment: Train on random crops and flips of the images; see :func:`tl_lightning.transforms.train_transform`.
-        flip: Which flips: ``horizontal``, ``both`` for what has no upside, ``none`` for what a mirror image would change.
+        flip: ``horizontal``; ``both`` for images without an upside; ``none`` for images, such as text, whose mirror
+            image would mean something else.
         min_crop: Smallest share of an image's area that a random crop keeps.
-        val_fraction: Share of all labelled images that is split off for validation where no folder gives it.
-        test_fraction: Share of all labelled images that is split off for testing where no folder gives any split; 1 tests
-            on all of them.
-        background: What transparent parts show: red, green and blue from 0 to 255.
-        seed: Seed of the split, the order and the augmentation; None takes that of ``seed_everything``, else 42.
-        preprocessing: What the backbone wants: ``backbone.preprocessing``. The command line fills it in.
+        val_fraction: Share of all labelled images for validation, if there is no folder for that split.
+        test_fraction: Share of all labelled images for testing, if there are no split folders; 1 tests on all images.
+        background: Colour behind transparent parts: red, green and blue from 0 to 255.
+        seed: Seed of the split, the order and the augmentation; None takes the seed of ``seed_everything``, otherwise
+            42.
+        preprocessing: Preprocessing that the backbone expects: ``backbone.preprocessing``. The command line fills it
+            in.
 
     Raises:
-        FileNotFoundError: The root does not exist.
-        ValueError: A fraction, the crop, or the batch size is out of range.
+        ValueError: The root is empty, the flip is unknown, or a fraction, the crop, the background, the batch size or
+            the number of workers is out of range.
     """
 
     def __init__(
@@ -67,15 +69,17 @@ class ImageFolderDataModule(ResumableDataModule):
         if not root:
             raise ValueError("root is empty; give the folder that holds the images")
         if num_workers is not None and num_workers < 0:
-            raise ValueError(f"num_workers is {num_workers}; it is a number of processes, or 0 to load in this one")
+            raise ValueError(
+                f"num_workers is {num_workers}; give a number of worker processes, or 0 to load images in the main one"
+            )
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
         if test_fraction != 1 and not (0 < val_fraction < 1 and 0 <= test_fraction < 1 - val_fraction):
             raise ValueError(
-                f"val_fraction is {val_fraction} and test_fraction {test_fraction}; both are shares between 0 and 1 that "
-                "leave some images for training, or test_fraction is 1 to test on all images"
+                f"val_fraction is {val_fraction} and test_fraction is {test_fraction}; give shares between 0 and 1 "
+                "that leave some images for training, or test_fraction 1 to test on all images"
             )
-        train_transform(Preprocessing(), flip, min_crop)  # raises where they cannot be
+        train_transform(Preprocessing(), flip, min_crop)  # raises if flip or min_crop is invalid
         if not all(0 <= channel <= 255 for channel in background):
             raise ValueError(f"background is {tuple(background)}; red, green and blue go from 0 to 255")
         self.root = Path(root)
@@ -88,20 +92,20 @@ class ImageFolderDataModule(ResumableDataModule):
         self.seed = run_seed() if seed is None else seed
         self.preprocessing = preprocessing
         self.folder_index = FolderIndex(self.root, val_fraction, test_fraction, self.seed)
-        self._loaders: list[weakref.ref[ImageLoader]] = []  # weak, since one that is no longer used ends its processes
-        self._identities: dict[str, Tensor] = {}
+        self._loaders: list[weakref.ref[ImageLoader]] = []  # weak, so that an unused loader ends its worker processes
+        self._image_ids: dict[str, Tensor] = {}
 
-    # What the folder holds ------------------------------------------------------------------------------------------
+    # The images -----------------------------------------------------------------------------------------------------
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        """Names of the classes, in the order of their numbers: the folders of ``train``.
+        """Names of the classes, in the order of their numbers: the folders in ``train``, sorted.
 
-        To score a classifier on images of which some classes, or the training images, are missing, set them to its own.
+        If some classes or the training images are missing, set them to the class names of the classifier to be scored.
 
         Raises:
             FileNotFoundError: The root does not exist.
-            ValueError: There are fewer than two class folders, or folders for other splits than ``train`` alone.
+            ValueError: There are fewer than two class folders, or split folders without ``train``.
         """
         return self.folder_index.class_names
 
@@ -116,40 +120,51 @@ class ImageFolderDataModule(ResumableDataModule):
 
     @property
     def splits(self) -> dict[str, Samples]:
-        """The labelled images of each split that there is: ``train``, ``val``, ``test``; see :class:`FolderIndex`."""
+        """The labelled images of each split that exists: ``train``, ``val``, ``test``.
+
+        Raises:
+            FileNotFoundError: The root does not exist.
+            ValueError: A class has no images or is missing in ``train``, or there are too few images.
+        """
         return self.folder_index.splits
 
     @property
-    def predict_files(self) -> list[str]:
-        """Paths, relative to the root, of the images to predict; see :class:`FolderIndex`."""
+    def predict_files(self) -> list[str]:  # type: ignore[override]  # read-only here
+        """Paths, relative to the root, of all images below it.
+
+        Raises:
+            FileNotFoundError: The root does not exist.
+            ValueError: There are no images.
+        """
         return self.folder_index.images
 
     # Lightning's hooks ----------------------------------------------------------------------------------------------
 
     def setup(self, stage: str) -> None:
-        """Look at the folder before the run starts.
+        """List the images before the run starts.
 
         Raises:
-            ValueError: The preprocessing is missing, or what :attr:`splits` and :attr:`predict_files` raise.
+            FileNotFoundError: The root does not exist.
+            ValueError: The preprocessing or a split is missing, or see :attr:`splits` and :attr:`predict_files`.
         """
         super().setup(stage)
-        self._known_preprocessing()
+        self._required_preprocessing()
         if stage == "predict":
             _ = self.predict_files
             return
-        for split in _SPLITS_OF[stage]:
+        for split in _SPLITS_OF_STAGE[stage]:
             if split not in self.splits:
-                there = ", ".join(f"{len(samples.files)} for {name}" for name, samples in self.splits.items())
+                found = ", ".join(f"{len(samples.files)} images for {name}" for name, samples in self.splits.items())
                 raise ValueError(
-                    f"{str(self.root)!r} has images {there}, and none for {split!r}; add a folder {split!r}, or where there "
-                    f"are no split folders, set {'val' if split == 'val' else 'test'}_fraction"
+                    f"{str(self.root)!r} has {found}, but none for {split!r}; add a folder {split!r}, or, without "
+                    f"split folders, set {'val' if split == 'val' else 'test'}_fraction"
                 )
 
     def train_dataloader(self) -> EpochLoader:
-        """Load the training images, shuffled, and augmented if so chosen."""
-        preprocessing = self._known_preprocessing()
+        """Load the training images, shuffled, and augmented with ``augment``."""
+        preprocessing = self._required_preprocessing()
         transform = self.augmentation(preprocessing) if self.augment else eval_transform(preprocessing)
-        return self.train_on(self._loader(*self.splits["train"], transform, shuffle=True))
+        return self.register_train_loader(self._loader(*self.splits["train"], transform, shuffle=True))
 
     def val_dataloader(self) -> ImageLoader:
         """Load the validation images in order."""
@@ -161,10 +176,10 @@ class ImageFolderDataModule(ResumableDataModule):
 
     def predict_dataloader(self) -> ImageLoader:
         """Load all images below the root, in the order of their paths."""
-        return self._loader(self.predict_files, None, eval_transform(self._known_preprocessing()), shuffle=False)
+        return self._loader(self.predict_files, None, eval_transform(self._required_preprocessing()), shuffle=False)
 
     def teardown(self, stage: str) -> None:
-        """End the processes that load images."""
+        """End the worker processes."""
         for loader in [reference() for reference in self._loaders]:
             if loader is not None:
                 loader.close()
@@ -176,28 +191,39 @@ class ImageFolderDataModule(ResumableDataModule):
         return train_transform(preprocessing, self.flip, self.min_crop)
 
     def provenance(self) -> Provenance:
-        """Return what identifies the training images."""
-        return describe_training_images(self.root, self.splits, self.seed, self.identify("train"))
+        """Return the identity of the training images."""
+        return describe_training_images(self.root, self.splits, self.seed, self.image_ids("train"))
 
-    def identify(self, split: str) -> Tensor:
-        """Return a number for each image of a split (N,), int64, by which it is known again."""
-        if split not in self._identities:
-            self._identities[split] = identify(self.root, self.splits[split].files if split in self.splits else ())
-        return self._identities[split]
+    def image_ids(self, split: str) -> Tensor:
+        """Return a number for each image of a split (N,), int64, that identifies the image in later runs."""
+        if split not in self._image_ids:
+            files = self.splits[split].files if split in self.splits else ()
+            self._image_ids[split] = compute_image_ids(self.root, files)
+        return self._image_ids[split]
+
+    @property
+    def effective_num_workers(self) -> int:
+        """Number of worker processes that load images, also if ``num_workers`` is None."""
+        if self.num_workers is not None:
+            return self.num_workers
+        processes = self.trainer.num_devices if self.trainer is not None else 1
+        return min(_MAX_WORKERS, suggested_max_num_workers(processes))
 
     # ----------------------------------------------------------------------------------------------------------------
 
-    def _known_preprocessing(self) -> Preprocessing:
+    def _required_preprocessing(self) -> Preprocessing:
         if self.preprocessing is None:
             raise ValueError(
-                f"{type(self).__name__} has no preprocessing, so it cannot know which size and scale the backbone wants; "
-                "pass preprocessing=backbone.preprocessing"
+                f"{type(self).__name__} has no preprocessing, so it does not know which image size and scale the "
+                "backbone expects; pass preprocessing=backbone.preprocessing"
             )
         return self.preprocessing
 
     def _eval_loader(self, split: str) -> ImageLoader:
         samples = self.splits[split]
-        return self._loader(samples.files, samples.targets, eval_transform(self._known_preprocessing()), shuffle=False)
+        return self._loader(
+            samples.files, samples.targets, eval_transform(self._required_preprocessing()), shuffle=False
+        )
 
     def _loader(
         self, files: Sequence[str], targets: Sequence[int] | None, transform: Transform, *, shuffle: bool
@@ -205,15 +231,7 @@ class ImageFolderDataModule(ResumableDataModule):
         on_gpu = self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
         read = ImageReader(self.root, files, self.background)
         dataset = ImageDataset(read, targets, transform, self.seed)
-        batches = self.order(len(files), shuffle=shuffle)
-        loader = ImageLoader(dataset, batches, num_workers=self.workers, pin_memory=on_gpu)
+        sampler = self.make_batch_sampler(len(files), shuffle=shuffle)
+        loader = ImageLoader(dataset, sampler, num_workers=self.effective_num_workers, pin_memory=on_gpu)
         self._loaders.append(weakref.ref(loader))
         return loader
-
-    @property
-    def workers(self) -> int:
-        """Number of processes that load images."""
-        if self.num_workers is not None:
-            return self.num_workers
-        processes = self.trainer.num_devices if self.trainer is not None else 1
-        return min(_MOST_WORKERS, suggested_max_num_workers(processes))

@@ -1,4 +1,4 @@
-"""Batches of images, read and prepared by worker processes."""
+"""Load batches of images by worker processes or threads."""
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -10,14 +10,13 @@ from torch.utils.data import DataLoader, Dataset
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from tl_lightning.batch import PADDING, UNLABELLED, Batch
-from tl_lightning.data._workers import outlive_sigterm, wait_until_safe_to_fork
+from tl_lightning.data._workers import delay_sigterm, wait_until_safe_to_fork
 from tl_lightning.data.loader import EpochLoader
 from tl_lightning.data.sampler import DistributedBatchSampler, SampleKey
 from tl_lightning.images import ImageError
 from tl_lightning.utils.seeding import seeded
 
 _Sample = tuple[Tensor, int, int]  # image, target, index
-
 
 Transform = Callable[[Tensor], Tensor]
 """From a uint8 image (3, H, W) to a float image (3, h, w)."""
@@ -27,12 +26,12 @@ ReadImage = Callable[[int], Tensor]
 
 
 class ImageDataset(Dataset[_Sample]):
-    """Images by (index, epoch), so that augmentation depends on nothing else.
+    """Read and transform images; augmentation is a function of (seed, epoch, sample index).
 
     Args:
         read: Reads an image by its place in the split.
-        targets: Class numbers by place in the split; None where they are not known.
-        transform: What the image goes through; it may draw from torch, numpy and random.
+        targets: Class numbers by place in the split; None if they are unknown.
+        transform: Transforms an image; it may draw from the global generators of torch, numpy and random.
         seed: Seed of the augmentation.
     """
 
@@ -52,7 +51,7 @@ class ImageDataset(Dataset[_Sample]):
 
 
 def collate(samples: Sequence[_Sample]) -> Batch:
-    """Put samples into a batch of images."""
+    """Stack samples into a batch of images."""
     images, targets, indices = zip(*samples, strict=True)
     return Batch(torch.stack(images), torch.tensor(targets), torch.tensor(indices), None)
 
@@ -61,78 +60,79 @@ class ImageLoader(EpochLoader):
     """Load the batches of an epoch from image files.
 
     Args:
-        dataset: Samples by :class:`SampleKey`.
-        batches: The order.
-        num_workers: Processes that prepare samples; 0 prepares them in this one.
+        dataset: Maps a :class:`SampleKey` to a sample.
+        sampler: The batches of each epoch.
+        num_workers: Number of worker processes; 0 loads images in this process.
         pin_memory: Put batches into pinned memory, for a GPU.
     """
 
     def __init__(
-        self, dataset: Dataset[_Sample], batches: DistributedBatchSampler, *, num_workers: int, pin_memory: bool
+        self, dataset: Dataset[_Sample], sampler: DistributedBatchSampler, *, num_workers: int, pin_memory: bool
     ) -> None:
-        super().__init__(batches)
+        super().__init__(sampler)
         self._loader: DataLoader[_Sample] = DataLoader(
             dataset,
-            batch_sampler=batches,
+            batch_sampler=sampler,
             num_workers=num_workers,
             collate_fn=collate,
-            worker_init_fn=outlive_sigterm,
+            worker_init_fn=delay_sigterm,
             pin_memory=pin_memory,
             persistent_workers=num_workers > 0,
-            generator=torch.Generator(),  # else every epoch would draw from the global generator
+            generator=torch.Generator(),  # otherwise every epoch would draw a seed from the global generator
         )
 
-    def produce(self) -> Iterator[Batch]:
-        """Load the batches."""
+    def load_batches(self) -> Iterator[Batch]:
+        """Yield the batches of the epoch, from the sampler's start on."""
         return _batches_of(self._loader)
 
     def close(self) -> None:
-        """End the worker processes, which would otherwise stay until Python gets round to it."""
+        """End the worker processes now rather than when Python frees the loader."""
         iterator = self._loader._iterator
         if isinstance(iterator, _MultiProcessingDataLoaderIter):
             iterator._shutdown_workers()
         self._loader._iterator = None
 
 
-def load_in_order(dataset: Dataset[_Sample], batches: Sequence[Sequence[object]], num_workers: int) -> Iterator[Tensor]:
-    """Load images.
+def load_with_workers(
+    dataset: Dataset[_Sample], batches: Sequence[Sequence[object]], num_workers: int
+) -> Iterator[Tensor]:
+    """Load images by worker processes.
 
     Args:
-        dataset: Samples by key, whatever a key is.
+        dataset: Maps a key of any type to a sample.
         batches: Keys of each batch.
-        num_workers: Processes that prepare samples; 0 prepares them in this one.
+        num_workers: Number of worker processes; 0 loads images in this process.
 
     Yields:
-        (n, 3, H, W), the images of each batch.
+        The images of each batch (n, 3, H, W).
     """
     loader: DataLoader[_Sample] = DataLoader(
         dataset,
-        batch_sampler=batches,  # type: ignore[arg-type]  # torch says lists of whatever the data set takes, and means ints
+        batch_sampler=batches,  # type: ignore[arg-type]  # torch's types allow integer keys only
         num_workers=num_workers,
         collate_fn=collate,
-        worker_init_fn=outlive_sigterm,
+        worker_init_fn=delay_sigterm,
         generator=torch.Generator(),
     )
     for batch in _batches_of(loader):
         yield batch.inputs
 
 
-def load_by_threads(dataset: Dataset[_Sample], batches: Sequence[Sequence[object]]) -> Iterator[Tensor]:
-    """Load images as :func:`load_in_order` does, by threads of this process, as many as the network has.
+def load_with_threads(dataset: Dataset[_Sample], batches: Sequence[Sequence[object]]) -> Iterator[Tensor]:
+    """Load images as :func:`load_with_workers` does, by as many threads of this process as torch computes with.
 
-    Each batch is loaded when it is asked for.
-
-    Where the network runs on the same cores, worker processes that load ahead take them from it: it then waits at each of
-    its operations for the thread that was put off, and a pass over images took a quarter longer on two cores.
+    Each batch is loaded when it is asked for. Worker processes that load ahead on the cores of the network slow it
+    down: each of its operations then waits for the thread whose core was taken. On two cores, threads saved a quarter
+    of the time.
 
     Args:
-        dataset: Samples by key; nothing that draws from global generators.
+        dataset: Maps a key of any type to a sample, without drawing from global generators.
         batches: Keys of each batch.
 
     Yields:
-        (n, 3, H, W), the images of each batch.
+        The images of each batch (n, 3, H, W).
     """
-    Image.init()  # else threads would do it, and one could meet a list of formats that another has half filled
+    Image.init()  # otherwise the threads would run it, and one could see a list of formats that another has half filled
     with ThreadPoolExecutor(torch.get_num_threads()) as threads:
         for keys in batches:
             yield collate(list(threads.map(dataset.__getitem__, keys))).inputs
@@ -144,7 +144,7 @@ def _batches_of(loader: "DataLoader[_Sample]") -> Iterator[Batch]:
     try:
         yield from loader
     except ImageError as error:
-        # torch raises an error of a worker process again with the whole traceback as its message:
+        # torch raises the error of a worker process again with the whole traceback as its message:
         # https://github.com/pytorch/pytorch/blob/main/torch/_utils.py, ExceptionWrapper.reraise
         message = str(error).rpartition(f"{ImageError.__module__}.{ImageError.__qualname__}: ")[2]
         raise ImageError(message.rstrip()) from error

@@ -1,4 +1,4 @@
-"""Which images a checkpoint was trained on, so that they are not taken for unseen ones."""
+"""Identify the training images of a checkpoint, so that they are never scored as unseen ones."""
 
 import hashlib
 import os
@@ -12,29 +12,30 @@ from torch import Tensor
 from tl_lightning.data._folder_index import split_folders
 from tl_lightning.data.splits import TRAIN, Samples
 
-_EXCERPT = 4096
+_EXCERPT_BYTES = 4096
 
 
 class Provenance(TypedDict):
-    """What identifies the training images of a run."""
+    """Identity of the training images of a run, as written into checkpoints."""
 
     images: str
-    """Hash of the paths of all labelled images, within the folder."""
+    """Hash of the paths of all labelled images, relative to the folder."""
     train: str
-    """Hash of the paths of the training images within it."""
+    """Hash of the paths of the training images, relative to the folder."""
     seed: int
     """Seed of the split."""
     drawn: bool
-    """Whether images were drawn from among those for training, for validation at least, rather than all given by folders."""
+    """Whether a random draw separated training from validation images; False if folders gave both."""
     each: Tensor
-    """What :func:`identify` says of the training images."""
+    """The IDs of the training images, from :func:`compute_image_ids`."""
 
 
-def identify(root: Path, files: Sequence[str]) -> Tensor:
-    """Return a number for each image (N,), int64, by which it is known again.
+def compute_image_ids(root: Path, files: Sequence[str]) -> Tensor:
+    """Return a number for each image (N,), int64, that identifies the image in later runs.
 
-    It is made from the path within the folder, the size and the bytes in the middle of the file: other photos often have
-    the same names, and those of some formats the same size, while to read all of a large folder would take minutes.
+    The number is a hash of the path in the folder, the size, and the bytes in the middle of the file. Other photos
+    often have the same names, and in some formats the same size. Reading all bytes of a large folder would take
+    minutes.
     """
     digests = (hashlib.blake2b(_excerpt(root, file), digest_size=8).digest() for file in files)
     return torch.tensor([int.from_bytes(digest, "big", signed=True) for digest in digests], dtype=torch.int64)
@@ -45,76 +46,84 @@ def _excerpt(root: Path, file: str) -> bytes:
     try:
         with (root / file).open("rb") as image:
             size = image.seek(0, os.SEEK_END)
-            image.seek(max(0, (size - _EXCERPT) // 2))
-            return name + b"\n%d\n" % size + image.read(_EXCERPT)
-    except OSError:  # gone since: no reason to lose a checkpoint
+            image.seek(max(0, (size - _EXCERPT_BYTES) // 2))
+            return name + b"\n%d\n" % size + image.read(_EXCERPT_BYTES)
+    except OSError:  # a file that has been removed since must not cost a checkpoint
         return name
 
 
-def describe_training_images(root: Path, splits: Mapping[str, Samples], seed: int, each: Tensor) -> Provenance:
-    """Describe the training images of a folder; copies of the folder are the same.
+def describe_training_images(root: Path, splits: Mapping[str, Samples], seed: int, ids: Tensor) -> Provenance:
+    """Identify the training images of a folder; a copy of the folder gives the same result.
 
     Args:
         root: The folder.
-        splits: What it holds.
+        splits: The labelled images of the folder.
         seed: Seed of the split.
-        each: What :func:`identify` says of the training images.
+        ids: The IDs of the training images, from :func:`compute_image_ids`.
     """
     train = splits[TRAIN].files if TRAIN in splits else []
-    every = sorted(file for samples in splits.values() for file in samples.files)
-    hashes = [hashlib.sha256("\n".join(files).encode(errors="surrogateescape")).hexdigest() for files in (every, train)]
+    labelled = sorted(file for samples in splits.values() for file in samples.files)
+    hashes = [
+        hashlib.sha256("\n".join(files).encode(errors="surrogateescape")).hexdigest() for files in (labelled, train)
+    ]
     return {
         "images": hashes[0],
         "train": hashes[1],
         "seed": seed,
         "drawn": "val" not in split_folders(root),
-        "each": each,
+        "each": ids,
     }
 
 
-def check_resumed_images(then: Provenance, now: Provenance, root: Path) -> None:
-    """Make sure that a resumed run goes on with its images.
+def check_resumed_images(saved: Provenance, current: Provenance, root: Path) -> None:
+    """Check that a resumed run trains on the same images.
 
     Args:
-        then: Of the checkpoint.
-        now: Of the data at hand.
-        root: What messages call the data.
+        saved: Provenance in the checkpoint.
+        current: Provenance of the present data.
+        root: Folder of the images, for the message.
 
     Raises:
         ValueError: The images differ.
     """
-    if now["train"] != then["train"]:
+    if current["train"] != saved["train"]:
         raise ValueError(
-            f"the checkpoint was trained on other images of {str(root)!r}, so a resumed run would not be the same run: "
-            f"{_why(then, now)}"
+            f"the checkpoint was trained on other images of {str(root)!r}, so a resumed run would not be the "
+            f"same run: {_difference(saved, current)}"
         )
 
 
-def check_unseen(then: Provenance, now: Provenance, scored: Tensor, root: Path) -> None:
-    """Make sure that none of the images that are scored was trained on, unless the user has given them so.
+def check_unseen(saved: Provenance, current: Provenance, scored: Tensor, root: Path) -> None:
+    """Check that no image to be scored was trained on, unless folders gave the splits.
 
     Args:
-        then: Of the checkpoint.
-        now: Of the data at hand.
-        scored: What :func:`identify` says of the images that are to be scored.
-        root: What messages call the data.
+        saved: Provenance in the checkpoint.
+        current: Provenance of the present data.
+        scored: The IDs of the images to be scored, from :func:`compute_image_ids`.
+        root: Folder of the images, for the message.
 
     Raises:
-        ValueError: Some were trained on, for the split has been drawn in another way.
+        ValueError: Some were trained on, since the split was drawn in another way.
     """
-    if not then["drawn"] or "each" not in then:  # a checkpoint of an earlier version
+    if not saved["drawn"] or "each" not in saved:  # an earlier version wrote the checkpoint
         return
-    seen = int(torch.isin(scored, then["each"]).sum())
+    seen = int(torch.isin(scored, saved["each"]).sum())
     if seen:
         raise ValueError(
-            f"the checkpoint was trained on {seen} of these {len(scored)} images of {str(root)!r}, which would count as unseen: "
-            f"{_why(then, now)}"
+            f"the checkpoint was trained on {seen} of these {len(scored)} images of {str(root)!r}, which would count "
+            f"as unseen: {_difference(saved, current)}"
         )
 
 
-def _why(then: Provenance, now: Provenance) -> str:
-    if now["seed"] != then["seed"]:
-        return f"the split was drawn from seed {then['seed']} then and from {now['seed']} now; give that seed"
-    if now["images"] == then["images"]:
-        return "it is the same folder, divided in other shares; leave val_fraction and test_fraction as they were"
-    return "images, or the shares of the splits, have changed since; restore them, or give folders for the splits"
+def _difference(saved: Provenance, current: Provenance) -> str:
+    if current["seed"] != saved["seed"]:
+        return (
+            f"the split was drawn from seed {saved['seed']} then and from seed {current['seed']} now; set the seed to "
+            f"{saved['seed']}"
+        )
+    if current["images"] == saved["images"]:
+        return "the folder is the same, but its split fractions differ; set val_fraction and test_fraction as they were"
+    return (
+        "images were added, removed or renamed since, or the split fractions differ; restore them, or put each split "
+        "into a folder of its own"
+    )

@@ -1,4 +1,4 @@
-"""The order of the data: a pure function of the seed and the epoch, on any number of ranks."""
+"""The order of the data as a pure function of seed and epoch, on any number of ranks."""
 
 import math
 from collections.abc import Iterator
@@ -11,28 +11,35 @@ from tl_lightning.utils.seeding import derive_seed
 
 
 class SampleKey(NamedTuple):
-    """What a data set needs to know to make a sample, so that no worker holds a state."""
+    """Everything that a dataset needs to make a sample, so that worker processes hold no state."""
 
-    index: int  # type: ignore[assignment]  # hides tuple.index, which a key has no use for
+    index: int  # type: ignore[assignment]  # hides tuple.index, which a key does not need
+    """Place of the sample in its split."""
     epoch: int
+    """The current epoch."""
     padding: bool
+    """Whether the sample is a padding row."""
 
 
 class DistributedBatchSampler:
-    """The batches of one rank, epoch by epoch.
+    """Sample the batches of one rank, epoch by epoch.
 
-    Every rank gets equally many batches of equal size, which collective operations need. In training, the epoch's
-    order is cut into global batches, of which each rank takes an equal, contiguous share, so that any number of ranks
-    trains on the same global batches; a last sample that would be alone in its batch joins the batch before, since batch
-    norm cannot train on one. What does not divide by the ranks is filled up: in training from the start of the epoch's
-    order, in evaluation by rows marked as padding, which count for nothing.
+    Every rank gets equally many batches of equal size, as collective operations need.
+
+    In training, the order of an epoch is cut into global batches, and each rank takes an equal, contiguous part of each
+    one. Any number of ranks thus trains on the same global batches. A last batch of one sample joins the batch before,
+    since batch norm cannot train on a single sample.
+
+    If the samples do not divide by the ranks, training repeats samples from the start of the order. Evaluation adds
+    rows marked as padding, which are excluded from losses and metrics.
 
     Args:
         length: Number of samples.
         batch_size: Samples per batch and rank.
-        shuffle: Draw a new order for each epoch from (seed, epoch); otherwise evaluate, in the order of the index.
+        shuffle: Draw a new order for each epoch from (seed, epoch), for training. Otherwise keep the order of the
+            index, for evaluation.
         seed: Seed of the order.
-        rank: This process.
+        rank: Rank of this process.
         world_size: Number of processes.
     """
 
@@ -45,10 +52,11 @@ class DistributedBatchSampler:
         self.seed = seed
         self.rank = rank
         self.world_size = world_size
-        self.repeat_first_epoch = False
-        """Repeat the order of the first epoch in every one, for a trainer that shall overfit a few batches."""
+        self.fixed_order = False
+        """Use the order of epoch 0 in every epoch, for a trainer with ``overfit_batches``."""
         self.epoch = 0
         self.start = 0
+        """Number of batches to skip at the start of the epoch."""
         per_rank = math.ceil(length / world_size)
         sizes = [batch_size] * (per_rank // batch_size) + [per_rank % batch_size] * (per_rank % batch_size > 0)
         if shuffle and len(sizes) > 1 and sizes[-1] == 1 < batch_size:
@@ -56,8 +64,8 @@ class DistributedBatchSampler:
         self._sizes = sizes
 
     @property
-    def order(self) -> dict[str, int]:
-        """What the batches of an epoch depend on, beside the epoch."""
+    def order_settings(self) -> dict[str, int]:
+        """The settings that, together with the epoch, determine the batches."""
         return {
             "seed": self.seed,
             "batch_size": self.batch_size,
@@ -66,7 +74,7 @@ class DistributedBatchSampler:
         }
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch whose order comes next; Lightning calls this before each epoch."""
+        """Set the epoch of the next iteration; Lightning calls this before each epoch."""
         self.epoch = epoch
 
     def __len__(self) -> int:
@@ -79,14 +87,14 @@ class DistributedBatchSampler:
             yield [SampleKey(i, self.epoch, p) for i, p in zip(indices.tolist(), padding.tolist(), strict=True)]
 
     def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Iterate over the batches of the epoch.
+        """Iterate over the batches of the epoch, from :attr:`start` on.
 
         Yields:
-            The place of each sample in its split (N,), int64; and which rows are padding (N,), bool.
+            The place of each sample in its split (N,), int64; and whether it is a padding row (N,), bool.
         """
         order = torch.arange(self.length)
         if self.shuffle:
-            epoch = 0 if self.repeat_first_epoch else self.epoch
+            epoch = 0 if self.fixed_order else self.epoch
             generator = torch.Generator().manual_seed(derive_seed(self.seed, "order", epoch))
             order = torch.randperm(self.length, generator=generator)
         total = sum(self._sizes) * self.world_size
