@@ -1,4 +1,17 @@
-"""The table of a run's metrics, complete and without doubles however often the run is interrupted and resumed."""
+"""Keep ``metrics.csv`` complete and without duplicate rows, however often a run is interrupted and resumed.
+
+``CSVLogger`` of Lightning has three faults:
+
+- In a folder that has a ``metrics.csv``, as that of a resumed run, it deletes the file
+  (https://github.com/Lightning-AI/pytorch-lightning/pull/19446).
+- It empties the file while it adds a column, so that a run that is killed then loses all rows
+  (https://github.com/Lightning-AI/pytorch-lightning/blob/master/src/lightning/fabric/loggers/csv_logs.py,
+  ``_rewrite_with_new_header``).
+- It does not write the rows that a checkpoint counts, but waits for the 100th step or for ``save()``.
+
+Needed for Lightning 2.6. This file can be deleted when ``CSVLogger`` continues an existing file, restores the number of
+rows from the checkpoint, and replaces the file atomically.
+"""
 
 import csv
 import math
@@ -14,117 +27,118 @@ from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
 
-class _Writer(ExperimentWriter):
-    """Lightning's, which empties the table while it gives it a new column: a run that is killed then would lose it."""
+class _AtomicWriter(ExperimentWriter):
+    """Lightning's writer, but it replaces the file at once when it adds a column."""
 
     def _rewrite_with_new_header(self, fieldnames: list[str]) -> None:
-        path = Path(self.metrics_file_path)
-        _write(path, fieldnames, _read(path))
+        file = Path(self.metrics_file_path)
+        _write_rows(file, fieldnames, _read_rows(file))
 
 
 class ResumableCSVLogger(CSVLogger):
-    """Write ``metrics.csv``, and go on in that of the run that is resumed, which Lightning's logger would delete."""
+    """Write ``metrics.csv``, and continue the file of a resumed run, which Lightning's logger would delete."""
 
-    rows = 0
-    """How many rows the run has logged, before it was interrupted too; a checkpoint knows, by :class:`CSVRowCount`."""
-    steps: float = math.inf
-    """How many steps of the optimizer lie behind the checkpoint that is resumed."""
-    _before: Path | None = None
-    _begun = False
+    row_count = 0
+    """Rows that the run has logged, before interruptions too; :class:`CSVRowCount` keeps it in checkpoints."""
+    resumed_step: float = math.inf
+    """Optimizer steps before the checkpoint from which the run resumes."""
+    _continued: Path | None = None
+    _has_logged = False
 
     @property
     def experiment(self) -> ExperimentWriter:
-        """The writer of the table."""
+        """The writer of the file."""
         if self._experiment is None and getattr(rank_zero_only, "rank", 0) == 0:
-            table = Path(self.log_dir) / "metrics.csv"
-            kept = table.with_name("metrics.csv.kept")
-            if table.is_file():
-                table.replace(kept)
-            self._experiment = _Writer(self.log_dir)
+            file = Path(self.log_dir) / "metrics.csv"
+            kept = file.with_name("metrics.csv.kept")
+            if file.is_file():
+                file.replace(kept)  # out of the way of Lightning's writer, which deletes it
+            self._experiment = _AtomicWriter(self.log_dir)
             if kept.is_file():
-                kept.replace(table)
-                with table.open(newline="") as file:
-                    self._experiment.metrics_keys = list(csv.DictReader(file).fieldnames or [])
-                self._before = table
-        there: ExperimentWriter = super().experiment
-        return there
+                kept.replace(file)
+                with file.open(newline="") as opened:
+                    self._experiment.metrics_keys = list(csv.DictReader(opened).fieldnames or [])
+                self._continued = file
+        writer: ExperimentWriter = super().experiment
+        return writer
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, Tensor | float], step: int | None = None) -> None:  # type: ignore[override]
-        """Add a row; at first, drop what an interrupted run wrote that the run logs again."""
+        """Add a row; before the first one, drop the rows that an interrupted run wrote and this run logs again."""
         _ = self.experiment
-        if not self._begun and step is not None:
-            self.rows = 0 if self._before is None else self._drop_after(self._before, step)
-            self._begun = True
+        if not self._has_logged and step is not None:
+            self.row_count = 0 if self._continued is None else self._drop_repeated_rows(self._continued, step)
+            self._has_logged = True
         super().log_metrics(metrics, step)
-        self.rows += 1
+        self.row_count += 1
 
-    def _drop_after(self, table: Path, step: int) -> int:
-        """Drop the rows from the step on that is logged now, and return how many are left.
+    def _drop_repeated_rows(self, file: Path, step: int) -> int:
+        """Drop the rows that are logged again from this step on, and return the number of rows left.
 
-        What was there when the checkpoint was written stays, since several rows may have the same step.
+        The rows that the checkpoint counts are kept whatever their step is, since several rows may have the same step.
         """
-        found = _read(table)
+        found = _read_rows(file)
 
         def is_earlier(row: dict[str, str]) -> bool:
             at = row.get("step", "")
-            return at.isdigit() and int(at) < min(step, self.steps)
+            return at.isdigit() and int(at) < min(step, self.resumed_step)
 
-        rows = found[: self.rows] + list(takewhile(is_earlier, found[self.rows :]))
-        _write(table, self.experiment.metrics_keys, rows)
+        rows = found[: self.row_count] + list(takewhile(is_earlier, found[self.row_count :]))
+        _write_rows(file, self.experiment.metrics_keys, rows)
         return len(rows)
 
 
-def _read(table: Path) -> list[dict[str, str]]:
-    """Return the rows, but for one that a run was killed in; a value more than there are columns is left out."""
-    lines = [line for line in table.read_text().splitlines(keepends=True) if line.endswith("\n")]
+def _read_rows(file: Path) -> list[dict[str, str]]:
+    """Read the rows, without an incomplete last line from a run that was killed, and without surplus values."""
+    lines = [line for line in file.read_text().splitlines(keepends=True) if line.endswith("\n")]
     return [{name: value or "" for name, value in row.items() if name} for row in csv.DictReader(lines)]
 
 
-def _write(table: Path, columns: list[str], rows: list[dict[str, str]]) -> None:
-    """Replace a table as a whole."""
-    part = table.with_name(f"{table.name}.part")
-    with part.open("w", newline="") as file:
-        writer = csv.DictWriter(file, columns)
+def _write_rows(file: Path, columns: list[str], rows: list[dict[str, str]]) -> None:
+    """Replace a file atomically."""
+    part = file.with_name(f"{file.name}.part")
+    with part.open("w", newline="") as opened:
+        writer = csv.DictWriter(opened, columns)
         writer.writeheader()
         writer.writerows(rows)
-    part.replace(table)
+    part.replace(file)
 
 
 class CSVRowCount(Callback):
-    """Note in each checkpoint how many rows :class:`ResumableCSVLogger` has.
+    """Note in each checkpoint how many rows :class:`ResumableCSVLogger` has written.
 
-    A checkpoint from between two steps of the optimizer is taken back to the first, where the count is not needed: what was
-    logged before it has other steps than what is logged after it. A validation that failed is run again.
+    A checkpoint from between two optimizer steps is rewound to the first of them, after which its count does not hold.
+    There the steps suffice: rows logged before that step have other steps than rows logged after it. A validation that
+    failed is run again, so its rows are not counted.
     """
 
     def __init__(self) -> None:
-        self._before_validation = 0
+        self._rows_before_validation = 0
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Keep the count of before."""
-        for table in _tables(trainer):
-            self._before_validation = table.rows
+        """Note the count before the validation."""
+        for logger in _csv_loggers(trainer):
+            self._rows_before_validation = logger.row_count
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Note the rows, and the batches behind them."""
+        """Write the rows to disk, and note their number and the number of batches."""
         batches = trainer.fit_loop.epoch_loop.batch_progress.total.ready
         failed = trainer.validating and trainer.state.status == TrainerStatus.INTERRUPTED
-        for table in _tables(trainer):
-            table.save()  # else a run that is killed lacks rows that were counted
+        for logger in _csv_loggers(trainer):
+            logger.save()  # otherwise, a killed run would lack rows that were counted
             checkpoint["metrics_table"] = {
                 "batches": batches,
-                "rows": self._before_validation if failed else table.rows,
+                "rows": self._rows_before_validation if failed else logger.row_count,
             }
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Tell the table, before it has its first row of the run that goes on."""
+        """Restore the count, before the resumed run logs its first row."""
         batches = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]["total"]["ready"]
         noted = checkpoint.get("metrics_table", {"batches": None})
-        for table in _tables(trainer):
-            table.rows = noted["rows"] if noted["batches"] == batches else 0
-            table.steps = checkpoint["global_step"]
+        for logger in _csv_loggers(trainer):
+            logger.row_count = noted["rows"] if noted["batches"] == batches else 0
+            logger.resumed_step = checkpoint["global_step"]
 
 
-def _tables(trainer: Trainer) -> list[ResumableCSVLogger]:
+def _csv_loggers(trainer: Trainer) -> list[ResumableCSVLogger]:
     return [logger for logger in trainer.loggers if isinstance(logger, ResumableCSVLogger)]
