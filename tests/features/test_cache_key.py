@@ -123,7 +123,7 @@ def test_a_class_without_source_is_known_by_its_name() -> None:
     namespace = {"__name__": "notebook"}
     exec("from torch import nn\nclass Layer(nn.Module):\n    def forward(self, x): return x", namespace)  # noqa: S102
     backbone = TinyBackbone()
-    backbone.model.extra = namespace["Layer"]()  # type: ignore[operator,assignment]
+    backbone.model.extra = namespace["Layer"]()  # type: ignore[operator]
     code = _key(backbone).code
     assert code.endswith(" (without the source of notebook.Layer)")
     assert " " not in _key(TinyBackbone()).code
@@ -136,7 +136,7 @@ def _key(backbone: TinyBackbone) -> CacheKey:
 def test_a_hook_and_a_replaced_forward_are_noticed() -> None:
     hooked, replaced = TinyBackbone(), TinyBackbone()
     hooked.get_submodule("model.stem.norm").register_forward_hook(lambda _, args, output: output * 1.5)
-    replaced.get_submodule("model.stem.dropout").forward = torch.relu  # type: ignore[method-assign]
+    replaced.get_submodule("model.stem.dropout").forward = torch.relu
     assert len({_key(backbone).code for backbone in (TinyBackbone(), hooked, replaced)}) == 3
 
 

@@ -218,7 +218,8 @@ def failing_on_ranks(world: int, root: str, cache: str) -> list[str]:
         found = [error_of(partial(fill, images, [made])), error_of(partial(fill, images, [of_other], other))]
         version = metadata.version
         if os.environ["LOCAL_RANK"] == "1":
-            metadata.version = lambda name: "0.1" if name == "torch" else version(name)  # of this process alone
+            # Of this process alone:
+            metadata.version = lambda name: "0.1" if name == "torch" else version(name)  # type: ignore[assignment]
         found.append(error_of(lambda: check_ranks([cache_key_of(TinyBackbone(), "head", background=(255,) * 3)])))
         if os.environ["LOCAL_RANK"] == "0":
             Path(f"{made.folder}.lock").unlink()

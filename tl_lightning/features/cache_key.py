@@ -13,7 +13,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from tl_lightning.backbones import Backbone
-from tl_lightning.features._source_code import LIBRARIES, code_digest
+from tl_lightning.features._source_code import code_digest
 from tl_lightning.features.activations import prefix_of
 from tl_lightning.images import read_content
 from tl_lightning.utils import serialization
@@ -110,7 +110,9 @@ def cache_key_of(
         backbone=f"{type(backbone).__name__}({json.dumps(described, sort_keys=True)})",
         modules=hashlib.sha256(re.sub(r" at 0x[0-9a-f]+", "", repr(prefix)).encode()).hexdigest(),
         code=code_digest(backbone),
-        **{library: metadata.version(library) for library in LIBRARIES},
+        torch=metadata.version("torch"),
+        torchvision=metadata.version("torchvision"),
+        timm=metadata.version("timm"),
         weights=fingerprint(dict(sorted(tensors.items()))),
         preprocessing=f"{tuple(backbone.preprocessing)} on background {tuple(background)}",
         augmentation=augmentation,
