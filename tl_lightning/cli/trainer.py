@@ -1,4 +1,4 @@
-"""A trainer that can also compute features alone, and compare heads on them."""
+"""A trainer that can also compute features without training, and compare heads on them."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 import yaml
 from lightning.pytorch import LightningDataModule, Trainer
 
-from tl_lightning.data.precompute import cached, compute
+from tl_lightning.data.precompute import compute_features, require_cached_features
 from tl_lightning.heads import HeadCallable
 from tl_lightning.modules import TransferClassifier
 from tl_lightning.sweep.candidates import candidates_of
@@ -16,23 +16,23 @@ from tl_lightning.utils.console import print_table
 
 
 class TransferTrainer(Trainer):
-    """Customize every aspect of training, compute features alone, and compare heads on them."""
+    """Train as Lightning's trainer does, compute features without training, and compare heads on them."""
 
     sweep_result: SweepResult | None = None
-    """What the last sweep found."""
+    """The result of the last sweep."""
 
     def extract(self, model: TransferClassifier, datamodule: LightningDataModule) -> None:
-        """Compute and store what training on cached features would compute first, on all ranks.
+        """Compute and cache the features that a fit on cached features would compute first, on all ranks.
 
         Args:
-            model: The classifier that would be trained.
+            model: The classifier that the fit would train.
             datamodule: A :class:`tl_lightning.data.CachedFeaturesDataModule`.
 
         Raises:
-            TypeError: It is another one.
+            TypeError: The data module serves no cached features.
         """
-        data = cached(datamodule, "extract stores what CachedFeaturesDataModule serves")
-        compute(self, model, data)
+        data = require_cached_features(datamodule, "extract needs cached features")
+        compute_features(self, model, data)
         rows = {"features": data.describe(), "images": f"{data.images.folder_index.num_images:,}, all stored and sound"}
         print_table("extracted", rows | {"folder": str(data.cache.cache_dir)})
 
@@ -48,38 +48,39 @@ class TransferTrainer(Trainer):
     ) -> None:
         """Train heads at all rates and weight decays on cached features, and choose one by the one-standard-error rule.
 
-        Chosen is, on images that they were not trained on, the simplest of those within a standard error of the best: with
-        the fewest parameters, the network's included, then the most weight decay, then the lowest rate. It is written as a checkpoint, and tested once.
+        The sweep chooses the simplest of all heads whose score on held-out images is within one standard error of the
+        best. The simplest has the fewest parameters, those of the network included, then the largest weight decay, then
+        the lowest learning rate. It is written as a checkpoint, and tested once.
 
         Args:
-            model: A LinearProbe, whose head is varied, or a CustomHeadClassifier; the loss is its own.
+            model: A LinearProbe, or a CustomHeadClassifier; its loss trains all heads.
             datamodule: A :class:`tl_lightning.data.CachedFeaturesDataModule`.
             lr: Learning rates of the head.
-            weight_decay: Weight decays, of AdamW.
-            heads: Classes of heads; None takes that of the model.
-            boundaries: Stages before which the network ends, to find out how much of it is of use: heads are put there, on the
-                mean over places. ``head`` is the end of the network, which None takes alone.
-            folds: Compare by cross-validation over training and validation images, in so many folds; 0 compares on the
-                validation images.
+            weight_decay: Weight decays of AdamW.
+            heads: Classes of heads; None takes the head of the model.
+            boundaries: Stages before which the network is cut, to find the depth that it needs. Heads are put there, on the
+                mean over all places. ``head`` is the end of the network, which None takes alone.
+            folds: Number of folds for cross-validation over training and validation images; 0 compares on the validation
+                images.
 
         Raises:
-            TypeError: The data module is another one.
-            ValueError: The model trains more than a head, or there is nothing to choose among, or nothing to choose by.
+            TypeError: The data module serves no cached features.
+            ValueError: The model trains more than a head, or there are too few candidates or images to compare.
         """
-        data = cached(datamodule, "sweep compares heads on what CachedFeaturesDataModule serves")
+        data = require_cached_features(datamodule, "sweep needs cached features")
         candidates = candidates_of(model, lr, weight_decay, heads, boundaries)
         self.sweep_result = sweep(self, model, data, candidates, folds=folds, other_head=heads is not None)
 
     def write_winner(self, configuration: dict[str, Any]) -> None:
-        """Write the configuration of a fit that trains what the last sweep has chosen, and say what that is.
+        """Write the configuration of a fit that trains the winner of the last sweep, and print the winner.
 
         Args:
-            configuration: Of the sweep, as read from YAML.
+            configuration: The configuration of the sweep, as read from YAML.
         """
-        assert self.sweep_result is not None  # noqa: S101 - it is called after a sweep
-        sweep_result = self.sweep_result
-        path = sweep_result.checkpoint.parent.parent / "winner.yaml"
-        fit = configuration_of(configuration, sweep_result.classifier, sweep_result.candidate)
+        assert self.sweep_result is not None  # noqa: S101 - the command line calls it after a sweep
+        result = self.sweep_result
+        path = result.checkpoint.parent.parent / "winner.yaml"
+        fit = configuration_of(configuration, result.classifier, result.candidate)
         if self.is_global_zero:
             path.write_text(yaml.safe_dump(fit, sort_keys=False), encoding="utf-8")
-        print_table("chosen", sweep_result.describe() | {"as a fit": str(path)})
+        print_table("chosen", result.describe() | {"as a fit": str(path)})

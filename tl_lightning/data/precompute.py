@@ -7,7 +7,7 @@ from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from tl_lightning.data import CachedFeaturesDataModule
 
 
-def cached(data: LightningDataModule, why: str) -> CachedFeaturesDataModule:
+def require_cached_features(data: LightningDataModule, why: str) -> CachedFeaturesDataModule:
     """Return a data module if it serves cached features.
 
     Args:
@@ -23,7 +23,7 @@ def cached(data: LightningDataModule, why: str) -> CachedFeaturesDataModule:
     raise TypeError(f"{why}, and data is {name}: wrap it, by --data CachedFeaturesDataModule --data.images {name}")
 
 
-def compute(
+def compute_features(
     trainer: Trainer, model: LightningModule, data: CachedFeaturesDataModule, boundaries: Collection[str] | None = None
 ) -> None:
     """Compute and cache features, on all ranks.

@@ -17,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor, nn
 
 from tl_lightning.data import CachedFeaturesDataModule
-from tl_lightning.data.precompute import compute
+from tl_lightning.data.precompute import compute_features
 from tl_lightning.data.sampler import DistributedBatchSampler
 from tl_lightning.evaluation import Interval, wilson_interval
 from tl_lightning.freezing import HEAD
@@ -149,7 +149,7 @@ def _read(
     for before in dict.fromkeys(candidate.before for candidate in candidates):
         here = [candidate for candidate in candidates if candidate.before == before]
         sources = list(dict.fromkeys(candidate.takes for candidate in here))
-        compute(
+        compute_features(
             trainer, classifier_of(model, here[0], other_head=other_head), data, [boundary for _, boundary in sources]
         )
         for found, split in zip(features, _SPLITS, strict=True):
