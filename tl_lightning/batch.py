@@ -1,4 +1,4 @@
-"""The types by which modules and data meet: a batch, and what each may ask of the other."""
+"""The batch that data modules and modules share, and the base classes by which they know each other."""
 
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple, Protocol, runtime_checkable

@@ -1,4 +1,4 @@
-"""The callback behind every run: it resumes exactly and checks what Lightning does not."""
+"""The callback behind every run: it makes resuming exact, and makes the checks that Lightning lacks."""
 
 from __future__ import annotations
 

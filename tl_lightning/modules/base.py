@@ -40,8 +40,8 @@ class TransferClassifier(InitArgsMixin, StagesMixin, OptimizationMixin, Evaluati
     :meth:`build_metrics`, :meth:`stages_from`, :meth:`learning_rates` or :meth:`parameter_groups`. It may override any
     hook of Lightning without calling ``super()``: a resumed run stays exact, because the bookkeeping is a callback.
 
-    A subclass may set attributes, modules included, before or after ``super().__init__()``. Set before it what
-    :meth:`build_head`, :meth:`compute_loss` or :meth:`build_metrics` use, because ``super().__init__()`` calls these.
+    A subclass may set attributes, modules included, before or after ``super().__init__()``. Attributes that
+    :meth:`build_head` or :meth:`build_metrics` use come before it, because ``super().__init__()`` calls these methods.
 
     Args:
         backbone: The pre-trained network.
