@@ -1,4 +1,10 @@
-"""Backbones: networks as an ordered sequence of named stages, then a pooling."""
+"""Backbones: networks as an ordered sequence of named stages, then a pooling.
+
+:class:`TorchvisionBackbone`, :class:`TimmBackbone` and :class:`EfficientNetLite` load published networks.
+:class:`TracedBackbone` makes a backbone of any other network, and :class:`TruncatedBackbone` leaves out last stages.
+A network that cannot be traced needs a subclass of :class:`Backbone`. ``split`` of a traced backbone returns
+:class:`Segment` modules, whose parts :func:`stages_of` and :func:`called_modules` list.
+"""
 
 from tl_lightning.backbones._tracing.segments import Segment, called_modules, stages_of
 from tl_lightning.backbones.base import AuxiliaryHead, Backbone

@@ -175,7 +175,7 @@ def _subclasses(cls: Any) -> Iterator[type]:
     for child in cls.__subclasses__():
         package = sys.modules.get(child.__module__.rpartition(".")[0])
         offered = getattr(package, child.__name__, None)
-        if isinstance(offered, type) and offered is child and not child.__name__.startswith("_"):
+        if isinstance(offered, type) and offered is child and not inspect.isabstract(child):
             yield offered
         yield from _subclasses(child)
 

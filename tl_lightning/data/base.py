@@ -1,6 +1,6 @@
 """A data module that resumes training within an epoch."""
 
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from tl_lightning.data.sampler import DistributedBatchSampler
 _SCORED_SPLITS = {"validate": "val", "test": "test"}
 
 
-class ResumableDataModule(ImageSource, LightningDataModule):
+class ResumableDataModule(ImageSource, LightningDataModule, ABC):
     """Save the position in the training data and the identity of the training images in checkpoints.
 
     A resumed run continues with the next batch. A run on other images is refused, and so is a score on training images.

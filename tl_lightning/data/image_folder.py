@@ -90,7 +90,7 @@ class ImageFolderDataModule(ResumableDataModule):
         self.min_crop = min_crop
         self.background = (background[0], background[1], background[2])
         self.seed = run_seed() if seed is None else seed
-        self.preprocessing = preprocessing
+        self.preprocessing: Preprocessing | None = preprocessing
         self.folder_index = FolderIndex(self.root, val_fraction, test_fraction, self.seed)
         self._loaders: list[weakref.ref[ImageLoader]] = []  # weak, so that an unused loader ends its worker processes
         self._image_ids: dict[str, Tensor] = {}
