@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
@@ -105,6 +106,9 @@ class FeatureCacheClassifier(TransferClassifier):
         features, target = features[order], target[order]
         assert isinstance(self.head, ClosedFormHead)  # noqa: S101 - checked at construction
         summary = self.head.fit(features, target, derive_seed(run_seed(), "head"))
+        if self.trainer.world_size > 1:  # other processors round differently, so all ranks take the head of rank 0
+            for tensor in self.head.state_dict().values():
+                dist.broadcast(tensor, src=0)
         self.print(f"{type(self.head).__name__}: {summary}")
         with torch.no_grad():
             loss = self.compute_loss(self.head.eval()(features), target)
