@@ -1,4 +1,4 @@
-"""Heads: from a backbone's pooled features, or its spatial map, to class scores."""
+"""Heads: they map the pooled features of a backbone, or its spatial map, to logits."""
 
 from tl_lightning.heads.closed_form import ClassMeanHead, ClosedFormHead, LogisticRegressionHead, NearestNeighbourHead
 from tl_lightning.heads.neural import (
@@ -8,10 +8,10 @@ from tl_lightning.heads.neural import (
     LinearHead,
     MapHead,
     MLPHead,
-    Standardize,
     check_head_factory,
     resize_last_linear,
 )
+from tl_lightning.heads.standardize import Standardize
 
 __all__ = [
     "ClassMeanHead",

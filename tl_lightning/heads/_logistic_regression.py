@@ -30,6 +30,21 @@ class Solution(NamedTuple):
     """Number of L-BFGS steps."""
 
 
+def check_finite(features: Tensor) -> None:
+    """Make sure that all features (N, D) are finite.
+
+    Raises:
+        ValueError: Some are not.
+    """
+    bad = int((~features.isfinite().all(1)).sum())
+    if bad:
+        raise ValueError(
+            f"{bad:,} of {len(features):,} training images have features that are not finite, so logistic regression "
+            "cannot be solved: check the backbone's weights and these images, or compute the features with precision "
+            "32-true and dtype float32"
+        )
+
+
 def solve(features: Tensor, target: Tensor, C: float, *, tolerance: float, max_steps: int) -> Solution:
     """Minimise the mean cross-entropy plus ``|weight|^2 / (2 C N)``; the bias is not penalised.
 
@@ -50,8 +65,8 @@ def solve(features: Tensor, target: Tensor, C: float, *, tolerance: float, max_s
     from threadpoolctl import threadpool_limits  # scikit-learn requires it
 
     model = LogisticRegression(C=C, tol=tolerance, max_iter=max_steps)
-    # One thread: the number of cores then cannot change the bits. It is also the fast choice where several processes share
-    # the cores, because OpenBLAS threads spin while they wait for each other.
+    # One thread: the number of cores then cannot change the bits. It is also the fast choice where several processes
+    # share the cores, because OpenBLAS threads spin while they wait for each other.
     with threadpool_limits(1, user_api="blas"):
         converged = _fit(model, features.cpu().double().numpy(), target.cpu().numpy())
     weight, bias = _weights(model)
@@ -80,8 +95,8 @@ def choose_inverse_penalty(features: Tensor, target: Tensor, *, folds: int, seed
     smallest = int(torch.bincount(target).min())
     if smallest < folds:
         raise ValueError(
-            f"the smallest class has {smallest} training images, too few for {folds} folds of cross-validation: give C, or "
-            "fewer folds"
+            f"the smallest class has {smallest} training images, too few for {folds} folds of cross-validation: give "
+            "C, or fewer folds"
         )
     rows, labels = features.cpu().numpy(), target.cpu().numpy()
     splits = list(StratifiedKFold(folds, shuffle=True, random_state=seed % 2**32).split(rows, labels))
