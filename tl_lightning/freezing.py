@@ -1,4 +1,4 @@
-"""Which parts of a backbone move: the only writer of ``requires_grad`` and of a part's train or eval mode."""
+"""Freezing of backbone stages: the only code that sets ``requires_grad`` and the train or eval mode of a backbone."""
 
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
@@ -12,32 +12,32 @@ from tl_lightning.backbones import Backbone
 from tl_lightning.utils.messages import unknown
 
 HEAD = "head"
-"""As a boundary: the pooled features; as the first stage that trains: none of the backbone."""
+"""As a boundary: the pooled features. As the first stage that trains: no stage of the backbone."""
 MAP = "map"
 """As a boundary: the spatial map before pooling."""
 
 
 class Stage(NamedTuple):
-    """What belongs to a stage and to none before it."""
+    """The parameters and modules of a stage that no earlier stage uses."""
 
     name: str
     parameters: tuple[str, ...]
-    """Names in the backbone; a parameter that several stages use belongs to the first of them."""
+    """Names of the parameters in the backbone."""
     modules: tuple[nn.Module, ...]
 
 
 class FreezePolicy:
-    """Say which stages of a backbone train, and keep all others as they are.
+    """Decide which stages of a backbone train, and keep all others frozen.
 
-    A frozen stage has no gradients, none left over, and eval mode for batch norm, dropout and stochastic depth. At first
-    everything is frozen.
+    Frozen parameters require no gradient and hold none. Batch norm, dropout and stochastic depth of frozen stages run
+    in eval mode. A new policy freezes all stages.
 
     Args:
         backbone: The network.
-        unfreeze_from: The deepest stage that may ever train, by name, or by a number k for the last k stages; or a
-            module or parameter inside a stage, by its name in the backbone; ``"head"`` for none.
-        train_bn: Let the batch norm of stages that train normalise by the batch and move its statistics. Otherwise it
-            keeps the statistics of pre-training, which few images would only spoil.
+        unfreeze_from: The first stage, from the input, that may ever train: its name, a number k for the last k stages,
+            or ``"head"`` for none. The name of a module or parameter inside a stage splits the stage there.
+        train_bn: Let batch norm in unfrozen stages normalise by the batch and update its statistics. Otherwise it keeps
+            the pre-trained statistics, which a few images would only spoil.
 
     Raises:
         ValueError: There is no such stage, module or parameter, or a stage is called ``head`` or ``map``.
@@ -49,111 +49,112 @@ class FreezePolicy:
         reserved = {HEAD: "the classifier", MAP: "the spatial map"}
         for name in reserved.keys() & backbone.stages:
             raise ValueError(
-                f"a stage of {_name_of(backbone)} is called {name!r}, which means {reserved[name]}: name it otherwise"
+                f"a stage of {_name_of(backbone)} is called {name!r}, which is reserved for {reserved[name]}: rename it"
             )
-        stages = _divide(backbone)
-        self.boundary = HEAD
-        """The backbone's stage before which nothing ever trains."""
-        first = stage_of(unfreeze_from, [stage.name for stage in stages], of=_name_of(backbone), inner=_inner(backbone))
-        if first != HEAD:
-            stages = _cut_inside(backbone, stages, first)
-            names = [stage.name for stage in stages]
-            own = [name for name in names[: names.index(first) + 1] if name in backbone.stages]
-            self.boundary = own[-1]
+        named = (*dict(backbone.named_modules()), *dict(backbone.named_parameters()))
+        inner = {name for full in named for name in (full, full.removeprefix("model.")) if name}
+        first = resolve_stage(unfreeze_from, backbone.stages, of=_name_of(backbone), inner=inner)
+        stages = _divide_into_stages(backbone)
+        if first not in (HEAD, *backbone.stages):
+            stages = _split_stage(backbone, stages, first)
         self.stages = {stage.name: stage for stage in stages}
+        """All stages by name, input to output."""
         names = list(self.stages)
-        self.trainable = tuple(names[names.index(first) :]) if first != HEAD else ()
-        """Names of the stages that may train, input to output."""
-        self.trained: frozenset[str] = frozenset()
+        self.unfreezable: tuple[str, ...] = () if first == HEAD else tuple(names[names.index(first) :])
+        """Names of the stages that may ever train, input to output."""
+        earlier = () if first == HEAD else names[: names.index(first) + 1]
+        self.boundary = next((name for name in reversed(earlier) if name in backbone.stages), HEAD)
+        """The stage of the backbone before which nothing ever trains."""
+        self.unfrozen: frozenset[str] = frozenset()
         """Names of the stages that train now."""
-        self.train(())
+        self.unfreeze_only(())
 
     def stages_from(self, stage: str | int) -> tuple[str, ...]:
         """Return the names of a stage and of all after it; none for ``"head"``.
 
+        Args:
+            stage: Name of the stage, or a number k for the last k stages.
+
         Raises:
-            ValueError: There is no such stage, or it is deeper than any that may train.
+            ValueError: There is no such stage, or it may not train.
         """
-        name = stage_of(stage, list(self.stages), of=_name_of(self.backbone))
+        name = resolve_stage(stage, self.stages, of=_name_of(self.backbone))
         if name == HEAD:
             return ()
-        if name not in self.trainable:
-            may = f"only {', '.join(self.trainable)} may train" if self.trainable else "none of the backbone may train"
+        if name not in self.unfreezable:
+            may = f"only {', '.join(self.unfreezable)} may" if self.unfreezable else "no stage of the backbone may"
             raise ValueError(
-                f"{name!r} is to train, and {may}: use PartialFineTuning with unfreeze_from={name!r}, or a stage before it"
+                f"{name!r} cannot train, since {may}: use PartialFineTuning with unfreeze_from={name!r}, or an earlier "
+                "stage"
             )
-        return self.trainable[self.trainable.index(name) :]
+        return self.unfreezable[self.unfreezable.index(name) :]
 
-    def train(self, names: Collection[str]) -> None:
-        """Let these stages train, and no others."""
-        parameters = dict(self.backbone.named_parameters())
-        owner = {parameter: stage.name for stage in self.stages.values() for parameter in stage.parameters}
-        for name, parameter in parameters.items():
-            moves = owner.get(name) in names
-            parameter.requires_grad_(moves)
-            if not moves:
-                parameter.grad = None  # an optimizer skips it; zeros would still be decayed and carried by momentum
-        self.trained = frozenset(names)
+    def unfreeze_only(self, names: Collection[str]) -> None:
+        """Unfreeze these stages, and freeze all others."""
+        unfrozen = {parameter for name in names for parameter in self.stages[name].parameters}
+        for name, parameter in self.backbone.named_parameters():
+            parameter.requires_grad_(name in unfrozen)
+            if name not in unfrozen:
+                parameter.grad = None  # the optimizer would apply weight decay and momentum to zeros
+        self.unfrozen = frozenset(names)
         self.freeze()
 
     def freeze(self, *, training: bool = True) -> None:
-        """Put every part of the backbone into its mode, and hold what is frozen, whoever has changed that.
+        """Freeze all stages but the unfrozen ones again, in case other code has changed or replaced parts of them.
 
         Args:
-            training: Whether what moves is in train mode; what does not is in eval mode in any case.
+            training: Whether unfrozen stages are in train mode; frozen stages are always in eval mode.
         """
-        moving = {
+        train_mode = {
             id(module)
-            for name in self.trained
+            for name in self.unfrozen
             for module in self.stages[name].modules
             if self.train_bn or not isinstance(module, _NormBase)
         }
-        self._parts = [(module, id(module) in moving) for module in self.backbone.modules()]
-        trained = {name for stage in self.trained for name in self.stages[stage].parameters}
-        self._fixed = [p for name, p in self.backbone.named_parameters() if name not in trained]
+        self._modules = [(module, id(module) in train_mode) for module in self.backbone.modules()]
+        unfrozen = {parameter for name in self.unfrozen for parameter in self.stages[name].parameters}
+        self._frozen = [p for name, p in self.backbone.named_parameters() if name not in unfrozen]
         self.enforce(training=training)
 
     def enforce(self, *, training: bool = True) -> None:
-        """Do as :meth:`freeze` for the modules that there were when it was last called: fast enough for every step."""
-        for parameter in self._fixed:
+        """Do as :meth:`freeze` for the modules and parameters that it found last: fast enough for every step."""
+        for parameter in self._frozen:
             if parameter.requires_grad:
                 parameter.requires_grad_(False)
                 parameter.grad = None
-        for module, moves in self._parts:
-            if module.training is not (training and moves):
-                module.training = training and moves
+        for module, trains in self._modules:
+            if module.training is not (training and trains):
+                module.training = training and trains
 
     def frozen_tensors(self) -> dict[str, Tensor]:
-        """Return, by name, the parameters and buffers of the backbone that do not change now."""
+        """Return the parameters and buffers of the backbone that do not change now, by name."""
         found = {name: p.detach() for name, p in self.backbone.named_parameters() if not p.requires_grad}
         for path, module in self.backbone.named_modules():
-            if not module.training or self._keeps_statistics(module):
+            keeps_statistics = isinstance(module, _NormBase) and not self.train_bn
+            if keeps_statistics or not module.training:
                 for name, buffer in module.named_buffers(recurse=False):
                     found[f"{path}.{name}" if path else name] = buffer
         return found
 
-    def _keeps_statistics(self, module: nn.Module) -> bool:
-        return isinstance(module, _NormBase) and not self.train_bn
 
-
-def stage_of(given: str | int, names: list[str], *, of: str, inner: Collection[str] = ()) -> str:
-    """Return the name of a stage, given by name or by a number k for the last k.
+def resolve_stage(given: str | int, names: Collection[str], *, of: str, inner: Collection[str] = ()) -> str:
+    """Return the name of a stage that is given by its name or by a number k for the last k stages.
 
     Args:
         given: The stage; 0 and ``"head"`` mean none.
-        names: All stages, input to output.
-        of: Whose stages they are, for messages.
-        inner: Further names that are allowed.
+        names: Names of all stages, input to output.
+        of: Name of the backbone, for messages.
+        inner: Names of modules and parameters that are allowed too.
 
     Raises:
         ValueError: There is no such stage.
     """
     if isinstance(given, str) and given.isdecimal() and given not in names:
-        given = int(given)  # a command line has words only
+        given = int(given)  # the command line gives numbers as text
     if isinstance(given, int):
         if not 0 <= given <= len(names):
-            raise ValueError(f"the last {given} stages are to train; {of} has {len(names)}: {', '.join(names)}")
-        return names[-given] if given else HEAD
+            raise ValueError(f"the last {given} stages are asked for, but {of} has {len(names)}: {', '.join(names)}")
+        return list(names)[-given] if given else HEAD
     if given in names or given == HEAD or given in inner:
         return given
     raise ValueError(unknown("stage", given, [*names, HEAD], of=of))
@@ -163,82 +164,82 @@ def _name_of(backbone: Backbone) -> str:
     return str(getattr(backbone, "name", type(backbone).__name__))
 
 
-def _divide(backbone: Backbone) -> list[Stage]:
+def _divide_into_stages(backbone: Backbone) -> list[Stage]:
     names = {id(parameter): name for name, parameter in backbone.named_parameters()}
     own = {id(module) for module in backbone.modules()}
     taken: set[int] = set()
     stages = []
     for this, following in zip(backbone.stages, [*backbone.stages[1:], None], strict=True):
         part = backbone.split(this)[1] if following is None else backbone.split(following)[0]
-        members = [parameter for parameter in part.parameters() if id(parameter) not in taken]
+        parameters = [parameter for parameter in part.parameters() if id(parameter) not in taken]
         modules = [module for module in part.modules() if id(module) in own and id(module) not in taken]
-        taken.update(map(id, (*members, *modules)))
-        stages.append(Stage(this, tuple(names[id(member)] for member in members), tuple(modules)))
+        taken.update(map(id, (*parameters, *modules)))
+        stages.append(Stage(this, tuple(names[id(parameter)] for parameter in parameters), tuple(modules)))
     return stages
 
 
-def _inner(backbone: Backbone) -> set[str]:
-    named = (*dict(backbone.named_modules()), *dict(backbone.named_parameters()))
-    return {name for full in named for name in (full, full.removeprefix("model.")) if name}
+def _split_stage(backbone: Backbone, stages: list[Stage], inner: str) -> list[Stage]:
+    """Split the stage that holds a module or parameter in two, in the order of the backbone's parameters.
 
+    Args:
+        backbone: The network.
+        stages: Its stages.
+        inner: Name of the module or parameter; the second half begins there and gets its name.
 
-def _cut_inside(backbone: Backbone, stages: list[Stage], at: str) -> list[Stage]:
-    """Cut the stage that holds the module or parameter ``at`` in two, in the order in which the network lists its parameters."""
-    if any(stage.name == at for stage in stages):
-        return stages
-    order = [name for name, _ in backbone.named_parameters()]
-    first = next((i for i, name in enumerate(order) if f"{name.removeprefix('model.')}.".startswith(f"{at}.")), None)
-    if first is None:
-        first = next((i for i, name in enumerate(order) if f"{name}.".startswith(f"{at}.")), None)
-    number = next((i for i, s in enumerate(stages) if first is not None and order[first] in s.parameters), None)
-    if first is None or number is None:
+    Raises:
+        ValueError: No stage holds a parameter of it.
+    """
+    parameters = dict(backbone.named_parameters())
+    order = list(parameters)
+    first = next((name for name in order if f"{name}.".startswith((f"{inner}.", f"model.{inner}."))), "")
+    place = next((place for place, stage in enumerate(stages) if first in stage.parameters), None)
+    if place is None:
         raise ValueError(
-            f"{at!r} of {_name_of(backbone)} holds no parameter of any stage, so nothing can train from it on"
+            f"{inner!r} of {_name_of(backbone)} holds no parameter of a stage, so training cannot start there: give "
+            "a stage, or a module that has parameters"
         )
-    stage, before = stages[number], set(order[:first])
-    parameters = {id(parameter): name for name, parameter in backbone.named_parameters()}
-    early: set[int] = set()
+    stage = stages[place]
+    early = {id(parameters[name]) for name in order[: order.index(first)]}
     for module in stage.modules:
-        held = [parameters[id(parameter)] for parameter in module.parameters()]
-        if held and before.issuperset(held):
-            early.update(id(inside) for inside in module.modules())
+        ids = {id(parameter) for parameter in module.parameters()}
+        if ids and ids <= early:
+            early.update(map(id, module.modules()))  # those without parameters too
     halves = [
         Stage(
             name,
-            tuple(p for p in stage.parameters if (p in before) is is_early),
+            tuple(p for p in stage.parameters if (id(parameters[p]) in early) is is_early),
             tuple(m for m in stage.modules if (id(m) in early) is is_early),
         )
-        for name, is_early in ((stage.name, True), (at, False))
+        for name, is_early in ((stage.name, True), (inner, False))
     ]
-    return [*stages[:number], *halves, *stages[number + 1 :]]
+    return [*stages[:place], *halves, *stages[place + 1 :]]
 
 
-def switch(module: nn.Module, on: bool) -> None:
-    """Let a part that is no backbone train, or stop it."""
+def set_trainable(module: nn.Module, trainable: bool) -> None:
+    """Unfreeze or freeze a module outside the backbone."""
     for parameter in module.parameters():
-        parameter.requires_grad_(on)
-        if not on:
+        parameter.requires_grad_(trainable)
+        if not trainable:
             parameter.grad = None
-    module.train(on)
+    module.train(trainable)
 
 
 @contextmanager
-def as_frozen(device_type: str) -> Iterator[None]:
-    """Run a frozen part the same way in every place: without an autograd graph and in its own precision.
+def frozen_forward(device_type: str) -> Iterator[None]:
+    """Run a frozen part the same way everywhere: without autograd and without mixed precision.
 
-    Mixed precision is off inside, so that training, prediction and extraction see the same features: pre-trained
-    networks can lose much of them in bfloat16.
+    Training, prediction and extraction then see the same features, which bfloat16 can distort.
 
     Args:
-        device_type: Where it runs, as ``"cuda"``.
+        device_type: Type of the device, for example ``"cuda"``.
     """
     with torch.no_grad(), torch.autocast(device_type, enabled=False):
         yield
 
 
 @contextmanager
-def evaluating(module: nn.Module) -> Iterator[None]:
-    """Put all parts of a network into eval mode inside the block, and each back into its own afterwards."""
+def eval_mode(module: nn.Module) -> Iterator[None]:
+    """Put a module into eval mode inside the block, and restore the mode of each submodule afterwards."""
     modes = {part: part.training for part in module.modules()}
     module.eval()
     try:

@@ -1,4 +1,4 @@
-"""Callbacks: what happens beside training."""
+"""Callbacks of the trainer; each docstring says how to use it in Python and on the command line."""
 
 from tl_lightning.callbacks.ema import EMA
 from tl_lightning.callbacks.plan import Plan

@@ -1,4 +1,4 @@
-"""Say before training what is going to happen."""
+"""The plan of a fit, printed before training."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -17,17 +17,22 @@ _NAMES_SHOWN = 12
 
 
 class Plan(Callback):
-    """Print a short plan when a fit starts: data, what is frozen, what is trained at which rates, where outputs go."""
+    """Print a short plan when a fit starts: data, frozen and trained stages, learning rates, length and outputs.
+
+    Example:
+        Python: ``Trainer(callbacks=[Plan()])``.
+        The command line always adds it.
+    """
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Print the plan."""
-        folder = trainer.log_dir  # asks all ranks
+        folder = trainer.log_dir  # a collective operation
         if trainer.is_global_zero and isinstance(pl_module, TransferClassifier):
             print_table("plan", describe_plan(trainer, pl_module) | {"outputs": str(folder)})
 
 
 def describe_plan(trainer: Trainer, classifier: TransferClassifier) -> dict[str, str]:
-    """Describe a fit that is about to start, a few words a row."""
+    """Return the rows of the plan: a name and a few words each."""
     backbone = classifier.backbone
     rows = {"model": f"{type(classifier).__name__} on {getattr(backbone, 'name', type(backbone).__name__)}"}
     if classifier.class_names is not None:
@@ -40,13 +45,13 @@ def describe_plan(trainer: Trainer, classifier: TransferClassifier) -> dict[str,
         rows["images"] = ", ".join(f"{len(samples.files):,} {split}" for split, samples in images.splits.items())
     if isinstance(data, CachedFeaturesDataModule):
         rows["features"] = data.describe()
-    rows |= _stages(trainer, classifier)
+    rows |= _frozen_and_trained(trainer, classifier)
     if not classifier.automatic_optimization:
         rows["solved by"] = f"{type(classifier.head).__name__}, on all features at once"
-    ever = {HEAD, *_ever_trained(trainer, classifier)}
+    trained = {HEAD, *_stages_trained(trainer, classifier)}
     for optimizer in trainer.optimizers if classifier.automatic_optimization else ():
-        rates = {stage_of_group(group): _rate(group) for group in optimizer.param_groups}
-        shown = ", ".join(f"{name} {lr:.3g}" for name, lr in rates.items() if name in ever)
+        rates = {stage_of_group(group): _peak_lr(group) for group in optimizer.param_groups}
+        shown = ", ".join(f"{name} {lr:.3g}" for name, lr in rates.items() if name in trained)
         rows["learning rates"] = f"{type(optimizer).__name__}: {shown}"
     if classifier.automatic_optimization:
         rows["schedule"] = _schedule(trainer, classifier)
@@ -56,34 +61,34 @@ def describe_plan(trainer: Trainer, classifier: TransferClassifier) -> dict[str,
     return rows
 
 
-def _staged(trainer: Trainer) -> StagedUnfreezing | None:
+def _unfreezing(trainer: Trainer) -> StagedUnfreezing | None:
     callbacks = trainer.callbacks  # type: ignore[attr-defined]  # Lightning's own list
     return next((callback for callback in callbacks if isinstance(callback, StagedUnfreezing)), None)
 
 
-def _ever_trained(trainer: Trainer, classifier: TransferClassifier) -> set[str]:
-    staged = _staged(trainer)
-    if staged is None:
-        return set(classifier.freeze_policy.trained)
-    reached = (stage for epoch, stage in staged.schedule.items() if _is_reached(trainer, epoch))
+def _stages_trained(trainer: Trainer, classifier: TransferClassifier) -> set[str]:
+    unfreezing = _unfreezing(trainer)
+    if unfreezing is None:
+        return set(classifier.freeze_policy.unfrozen)
+    reached = (stage for epoch, stage in unfreezing.schedule.items() if _is_reached(trainer, epoch))
     return {name for stage in reached for name in classifier.stages_from(stage)}
 
 
 def _is_reached(trainer: Trainer, epoch: int) -> bool:
     epochs = math.inf if trainer.max_epochs in (None, -1) else float(trainer.max_epochs or 0)
     if trainer.max_steps != -1 and math.isfinite(trainer.num_training_batches):
-        a_step = trainer.accumulate_grad_batches
-        epochs = min(epochs, math.ceil(trainer.max_steps / math.ceil(trainer.num_training_batches / a_step)))
+        steps_per_epoch = math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches)
+        epochs = min(epochs, math.ceil(trainer.max_steps / steps_per_epoch))
     return epoch < epochs
 
 
-def _rate(group: dict[str, Any]) -> float:
-    """Return the rate of a group: the highest, where a schedule goes up to one and down again."""
+def _peak_lr(group: dict[str, Any]) -> float:
+    """Return the highest learning rate of a group over the run, as far as its scheduler tells."""
     return float(group.get("max_lr", group.get("initial_lr", group["lr"])))
 
 
-def _stages(trainer: Trainer, classifier: TransferClassifier) -> dict[str, str]:
-    """Say what is frozen and what is trained: in all epochs, or from which epoch on."""
+def _frozen_and_trained(trainer: Trainer, classifier: TransferClassifier) -> dict[str, str]:
+    """Return the rows on frozen and trained stages, one for each epoch in which they change."""
     freeze_policy = classifier.freeze_policy
     names = list(freeze_policy.stages)
     head = sum(p.numel() for name, p in classifier.named_parameters() if not name.startswith("backbone."))
@@ -95,24 +100,24 @@ def _stages(trainer: Trainer, classifier: TransferClassifier) -> dict[str, str]:
         return f"head: {_count(head, 'parameter')}; {_span(chosen, names)}: {_size(classifier, chosen)}"
 
     rows = {}
-    ever = _ever_trained(trainer, classifier)
-    frozen = [name for name in names if name not in ever]
+    trained = _stages_trained(trainer, classifier)
+    frozen = [name for name in names if name not in trained]
     if frozen:
         rows["frozen"] = f"{_span(frozen, names)}: {_size(classifier, frozen)} parameters, in eval mode"
-        may = {stage_of_group(group) for optimizer in trainer.optimizers for group in optimizer.param_groups}
-        idle = [name for name in frozen if name in may]
-        if idle:
-            never = "never does" if len(idle) == 1 else "never do"
-            rows["frozen"] += f"; {_span(idle, names)} may train, and {never} in this run"
+        in_optimizer = {stage_of_group(group) for optimizer in trainer.optimizers for group in optimizer.param_groups}
+        unused = [name for name in frozen if name in in_optimizer]
+        if unused:
+            never = "never does" if len(unused) == 1 else "never do"
+            rows["frozen"] += f"; {_span(unused, names)} may train, but {never} in this run"
         if classifier.backbone.init_args[1].get("weights", "DEFAULT") is None:
-            rows["frozen"] += ", at random: the backbone was made with weights=None"
-    staged = _staged(trainer)
-    if staged is None:
-        return rows | {"trained": describe(freeze_policy.trained)}
-    schedule = {0: "head"} | staged.schedule
+            rows["frozen"] += ", with random weights: the backbone was built with weights=None"
+    unfreezing = _unfreezing(trainer)
+    if unfreezing is None:
+        return rows | {"trained": describe(freeze_policy.unfrozen)}
+    schedule = {0: HEAD} | unfreezing.schedule
     for epoch, stage in schedule.items():
-        late = "" if _is_reached(trainer, epoch) else " (never: the run is shorter)"
-        rows[f"from epoch {epoch}"] = describe(classifier.stages_from(stage)) + late
+        note = "" if _is_reached(trainer, epoch) else " (never: the run is shorter)"
+        rows[f"from epoch {epoch}"] = describe(classifier.stages_from(stage)) + note
     return rows
 
 
@@ -121,18 +126,18 @@ def _schedule(trainer: Trainer, classifier: TransferClassifier) -> str:
         shape = f"warm-up, then a cosine to 0 over {_count(classifier.total_steps, 'step')}"
     else:
         shape = ", ".join(type(config.scheduler).__name__ for config in trainer.lr_scheduler_configs) or "none"
-    staged = _staged(trainer)
-    if staged is None or not staged.warmup_epochs:
+    unfreezing = _unfreezing(trainer)
+    if unfreezing is None or not unfreezing.warmup_epochs:
         return shape
-    epochs = "epoch" if staged.warmup_epochs == 1 else "epochs"
-    return f"{shape}; a stage warms up over its first {staged.warmup_epochs:g} {epochs}"
+    epochs = "epoch" if unfreezing.warmup_epochs == 1 else "epochs"
+    return f"{shape}; a stage warms up over its first {unfreezing.warmup_epochs:g} {epochs}"
 
 
 def _length(trainer: Trainer) -> str:
     if trainer.max_epochs in (None, -1):
         return "until it is stopped" if math.isinf(trainer.estimated_stepping_batches) else _steps(trainer)
-    begun = f"from epoch {trainer.current_epoch} of " if trainer.current_epoch else ""
-    return f"{begun}{_count(trainer.max_epochs or 0, 'epoch')}, counted from 0, {_steps(trainer)}"
+    start = f"from epoch {trainer.current_epoch} of " if trainer.current_epoch else ""
+    return f"{start}{_count(trainer.max_epochs or 0, 'epoch')}, counted from 0, {_steps(trainer)}"
 
 
 def _steps(trainer: Trainer) -> str:
@@ -140,12 +145,12 @@ def _steps(trainer: Trainer) -> str:
     return _count(int(steps), "step") if math.isfinite(steps) else "an unknown number of steps"
 
 
-def _count(number: int, what: str) -> str:
-    return f"{number:,} {what}{'' if number == 1 else 's'}"
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def _span(chosen: Sequence[str], names: Sequence[str]) -> str:
-    """Name stages in order, those that follow each other as "first to last"."""
+    """Name stages in order, and consecutive ones as "first to last"."""
     parts: list[list[str]] = []
     for name in chosen:
         if parts and names.index(name) == names.index(parts[-1][-1]) + 1:

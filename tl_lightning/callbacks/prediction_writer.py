@@ -1,4 +1,4 @@
-"""Write predictions to a table."""
+"""Writing of predictions to a table."""
 
 import csv
 from pathlib import Path
@@ -7,15 +7,24 @@ from typing import IO, Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from tl_lightning.batch import PADDING, Batch, NamesFiles
+from tl_lightning.batch import PADDING, Batch, ImageSource
 from tl_lightning.modules import TransferClassifier
 from tl_lightning.utils.console import print_table
 
 
 class PredictionWriter(Callback):
-    """Write ``predictions.csv``: path, class name, its probability, and a column with the probability of each class.
+    """Write ``predictions.csv``: one row for each image, with the predicted class and all probabilities.
 
-    One row an image, in the order of the paths, on any number of ranks. The file appears when it is complete.
+    The columns are ``path``, ``class_name``, ``probability`` and one for each class. The rows have the order of the
+    data module's ``predict_files``, on any number of ranks. The file gets its name when it is complete.
+
+    Example:
+        Python: ``Trainer(callbacks=[PredictionWriter()]).predict(model, data, return_predictions=False)``.
+        Command line: ``predict`` always adds it.
+
+    Raises:
+        TypeError: At the start of a prediction: the model is no :class:`TransferClassifier`, or the data module does
+            not name its files.
     """
 
     def __init__(self) -> None:
@@ -27,11 +36,15 @@ class PredictionWriter(Callback):
         """Open the file.
 
         Raises:
-            TypeError: The model is no classifier of this library, or the data do not name their files.
+            TypeError: The model is no :class:`TransferClassifier`, or the data module does not name its files.
         """
-        folder = trainer.log_dir  # asks all ranks
-        if not isinstance(pl_module, TransferClassifier) or not isinstance(trainer.datamodule, NamesFiles):  # type: ignore[attr-defined]  # Lightning attaches it
-            raise TypeError("predictions are written for a TransferClassifier on a data module that has predict_files")
+        folder = trainer.log_dir  # a collective operation
+        data = trainer.datamodule  # type: ignore[attr-defined]  # Lightning attaches it
+        if not isinstance(pl_module, TransferClassifier) or not isinstance(data, ImageSource):
+            raise TypeError(
+                f"PredictionWriter got a {type(pl_module).__name__} and a {type(data).__name__}: use a "
+                "TransferClassifier, and a data module that inherits from ImageSource and sets predict_files"
+            )
         self._path = Path(folder or ".") / "predictions.csv"
         self._rows = 0
         if trainer.is_global_zero:
@@ -51,8 +64,8 @@ class PredictionWriter(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Write the rows of a batch, of all ranks."""
-        # All ranks have equally many rows, and a global batch is a contiguous piece of the order.
+        """Write the rows of a batch of all ranks."""
+        # All ranks have equally many rows, and the rows of a global batch follow each other in the order of the files.
         probabilities = _all_rows(trainer, outputs)  # (ranks * N, K)
         indices = _all_rows(trainer, batch.index)  # (ranks * N,)
         if self._file is None:
@@ -67,14 +80,14 @@ class PredictionWriter(Callback):
                 self._rows += 1
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Close the file and give it its name."""
+        """Close the file and rename it."""
         if self._file is not None:
             self._file.close()
             self._file = None
             self._path.with_suffix(".csv.part").replace(self._path)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Say where the file is, when the progress bar is gone."""
+        """Print where the file is, after the progress bar has gone."""
         if stage == "predict" and self._rows:
             print_table("predicted", {"images": f"{self._rows:,}", "predictions": str(self._path)})
 

@@ -1,4 +1,4 @@
-"""Progress on long work."""
+"""The progress bar."""
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import RichProgressBar
@@ -7,10 +7,18 @@ from rich.progress import ProgressColumn, TextColumn, TimeRemainingColumn
 
 
 class Progress(RichProgressBar):
-    """Lightning's rich progress bar in few words, so that it stays one line where a terminal is 80 characters wide."""
+    """Show Lightning's rich progress bar on one line of a terminal that is 80 characters wide.
+
+    Example:
+        Python: ``Trainer(callbacks=[Progress()])``.
+        The command line adds it, unless ``--trainer.enable_progress_bar false``.
+
+    The arguments are those of ``RichProgressBar``:
+    https://lightning.ai/docs/pytorch/stable/api/lightning.pytorch.callbacks.RichProgressBar.html
+    """
 
     def configure_columns(self, trainer: Trainer) -> list[ProgressColumn]:
-        """Return what is shown before the metrics."""
+        """Return the columns before the metrics."""
         theme = self.theme
         return [
             TextColumn("[progress.description]{task.description}"),
@@ -22,7 +30,7 @@ class Progress(RichProgressBar):
     def get_metrics(
         self, trainer: Trainer, pl_module: LightningModule
     ) -> dict[str, int | str | float | dict[str, float]]:
-        """Return the metrics to show, without the number of the run."""
+        """Return the metrics under short names, without the version number of the run."""
         metrics = super().get_metrics(trainer, pl_module)
         metrics.pop("v_num", None)
         return {name.replace("accuracy", "acc").replace("train_loss", "loss"): value for name, value in metrics.items()}
