@@ -1,13 +1,12 @@
 """The checkpoint callbacks of a run: ``best.ckpt`` and ``last.ckpt``."""
 
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from tl_lightning.callbacks.probe_fallback import ProbeFallback
@@ -33,16 +32,16 @@ class RunCheckpoint(ModelCheckpoint):
         )
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore the best score, and copy the best checkpoint into the folder of this run if it lies elsewhere."""
+        """Restore the best score, if the best checkpoint lies in the folder of this run."""
         state: dict[str, Any] = dict(state_dict)
         if self.dirpath is not None:
-            before, here = Path(state["best_model_path"]), Path(self._here(state["best_model_path"]))
-            if self.monitor is not None and state["best_model_path"] and not here.is_file():
-                if not before.is_file():
-                    return  # the best epoch is chosen anew
-                if getattr(rank_zero_only, "rank", 0) == 0:
-                    here.parent.mkdir(parents=True, exist_ok=True)
-                    shutil.copyfile(before, here)
+            best = state["best_model_path"]
+            if self.monitor is not None and best and not Path(self._here(best)).is_file():
+                rank_zero_warn(
+                    f"the best checkpoint of the resumed run, {best!r}, is not in the folder of this run: the best "
+                    "epoch is chosen anew, among those from now on"
+                )
+                return
             for key in ("best_model_path", "kth_best_model_path", "last_model_path"):
                 state[key] = self._here(state[key])
             state["best_k_models"] = {self._here(path): score for path, score in state["best_k_models"].items()}

@@ -1,6 +1,5 @@
 """Reverting to the linear probe where fine-tuning has made the classifier worse."""
 
-import shutil
 import uuid
 from pathlib import Path
 from typing import Any, Literal
@@ -77,15 +76,6 @@ class ProbeFallback(Callback):
                 "ProbeFallback compares validation scores, but limit_val_batches is 0: set it above 0, or leave "
                 "ProbeFallback out"
             )
-
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Copy the probe of a resumed run into another folder."""
-        path = self.path(trainer)
-        beside = Path(trainer.ckpt_path).with_name(PROBE_FILE) if trainer.ckpt_path else path
-        if trainer.is_global_zero and self.probe_score is not None and not path.is_file() and beside.is_file():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(beside, path)
-        trainer.strategy.barrier("probe")
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Note the score, and save the probe as long as the head trains alone.
