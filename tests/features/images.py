@@ -1,4 +1,4 @@
-"""A folder of images, extracted by the parts below Lightning."""
+"""Extract a folder of images without Lightning."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -15,7 +15,7 @@ from tl_lightning.transforms import eval_transform
 
 
 def names_in(root: Path) -> dict[str, str]:
-    """Key of each image below a folder, and its path."""
+    """Return the content key of each image below a folder, with its path."""
     files = sorted(path.relative_to(root).as_posix() for path in root.rglob("*.png"))
     return dict(zip(content_keys([root / file for file in files]), files, strict=True))
 
@@ -43,5 +43,5 @@ def fill(
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Every file of a store, byte by byte."""
+    """Return the bytes of every file of a store."""
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}

@@ -143,7 +143,7 @@ def test_every_change_is_named_by_its_field(root: Path, tmp_path: Path) -> None:
         with pytest.raises(StaleStoreError, match=f"do not fit: (.*; )?{field.strip()} is .* and was "):
             FeatureStore(made.folder, cache_key)
         assert cache_key.folder != made.cache_key.folder
-    # What comes after the boundary plays no part.
+    # Weights after the boundary do not count.
     later = cache_key_of(change_a_weight(TinyBackbone(), "model.layer3.conv.weight"), "layer2", background=(255,) * 3)
     assert later == made.cache_key
 

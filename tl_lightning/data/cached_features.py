@@ -116,7 +116,7 @@ class CachedFeaturesDataModule(ResumableDataModule):
         module = None if self.trainer is None else self.trainer.lightning_module
         network = module.backbone if isinstance(module, CacheableModule) else self.backbone
         if not isinstance(network, Backbone):
-            raise ValueError(  # noqa: TRY004 - what is missing is an argument
+            raise ValueError(  # noqa: TRY004 - an argument is missing
                 "CachedFeaturesDataModule has no backbone; pass backbone=... or give it to a trainer's fit"
             )
         return network
