@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -33,7 +33,7 @@ def attach_callbacks(trainer: Trainer) -> None:
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set by Lightning
     present = {type(callback) for callback in callbacks}
     needed = (FrozenGuard, StepOnPlateau, SigtermHandler, ExactResume)
-    missing = [callback() for callback in needed if callback not in present]
+    missing: list[Callback] = [callback() for callback in needed if callback not in present]
     if missing:
         _set_callbacks(trainer, callbacks + missing)
 
@@ -139,7 +139,4 @@ def _set_callbacks(trainer: Trainer, callbacks: list[Callback]) -> None:
 
 
 def _classifier(module: LightningModule) -> TransferClassifier:
-    from tl_lightning.modules.base import TransferClassifier
-
-    assert isinstance(module, TransferClassifier)  # noqa: S101 - attached by a TransferClassifier
-    return module
+    return cast("TransferClassifier", module)  # a TransferClassifier has attached this callback

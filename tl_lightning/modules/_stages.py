@@ -28,6 +28,12 @@ def is_map_head(head: HeadCallable) -> bool:
     return factory is not None and issubclass(factory.func, MapHead)  # type: ignore[arg-type]  # the partial of a class
 
 
+def head_name(head: HeadCallable) -> str:
+    """Return the name of a head's class, for messages."""
+    factory = as_factory(head)
+    return type(head).__name__ if factory is None else factory.func.__name__
+
+
 class StagesMixin(LightningModule):
     """A module with a backbone, some stages of which train, and a head."""
 

@@ -25,7 +25,7 @@ from tl_lightning.modules._evaluation import EvaluationMixin
 from tl_lightning.modules._exact_resume import attach_callbacks
 from tl_lightning.modules._fsdp import shard
 from tl_lightning.modules._optimization import OptimizationMixin
-from tl_lightning.modules._stages import StagesMixin, is_map_head
+from tl_lightning.modules._stages import StagesMixin, head_name, is_map_head
 from tl_lightning.modules.auxiliary import AuxiliaryHeads
 from tl_lightning.utils.serialization import InitArgsMixin, as_factory
 
@@ -107,9 +107,8 @@ class TransferClassifier(InitArgsMixin, StagesMixin, OptimizationMixin, Evaluati
         self.on_map = is_map_head(self.head_factory)
         if self.on_map and unfreeze_from != HEAD:
             raise ValueError(
-                f"{getattr(self.head_factory, 'func', self.head_factory).__name__} takes the spatial map, but "
-                f"{type(self).__name__} trains on pooled features; use it with CustomHeadClassifier, or choose a head "
-                "on pooled features"
+                f"{head_name(self.head_factory)} takes the spatial map, but {type(self).__name__} trains on pooled "
+                "features; use it with CustomHeadClassifier, or choose a head on pooled features"
             )
         self.rng_state = torch.get_rng_state()
         """State of torch's generator from which the head is initialised, so that others can draw the same weights."""
