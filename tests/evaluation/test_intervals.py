@@ -8,7 +8,7 @@ from tl_lightning.evaluation import bias_corrected_best, wilson_interval
 TRIALS = 400
 
 
-def test_share_is_wilsons() -> None:
+def test_wilson_interval_matches_published_values() -> None:
     # Newcombe 1998, https://doi.org/10.1002/(SICI)1097-0258(19980430)17:8<857::AID-SIM777>3.0.CO;2-E, table I, method 3
     assert wilson_interval(81, 263) == pytest.approx((81 / 263, 0.2553, 0.3662), abs=5e-5)
     assert wilson_interval(15, 148) == pytest.approx((15 / 148, 0.0624, 0.1605), abs=5e-5)
@@ -37,10 +37,10 @@ def guesses(p: float, images: int, alike: float, generator: torch.Generator, *, 
     ],
 )
 @pytest.mark.parametrize("simplest", [False, True])
-def test_best_of_many_covers_the_truth_at_its_level(
+def test_interval_of_the_best_covers_the_truth_at_its_level(
     p: float, images: int, alike: float, candidates: int, simplest: bool
 ) -> None:
-    """Candidates of which none is better, and the luckiest is chosen."""
+    """All candidates are equally good, so the luckiest is chosen."""
     generator = torch.Generator().manual_seed(0)
     covered = uncorrected = 0
     simplicity = list(range(candidates)) if simplest else None
@@ -59,7 +59,7 @@ def test_best_of_many_covers_the_truth_at_its_level(
 
 
 @pytest.mark.parametrize("simplest", [False, True])
-def test_the_score_of_a_clear_winner_is_left_as_it_is(simplest: bool) -> None:
+def test_score_of_a_clear_winner_is_not_corrected(simplest: bool) -> None:
     generator = torch.Generator().manual_seed(0)
     simplicity = list(range(20)) if simplest else None
     covered, estimates = 0, []
@@ -73,11 +73,11 @@ def test_the_score_of_a_clear_winner_is_left_as_it_is(simplest: bool) -> None:
     assert sum(estimates) / TRIALS == pytest.approx(0.9, abs=0.01)
 
 
-def test_all_right_on_few_images_is_no_certainty() -> None:
+def test_interval_of_a_perfect_score_on_few_images_is_wide() -> None:
     found = bias_corrected_best(torch.ones(20, 4, dtype=torch.bool), list(range(20)))
     assert found == wilson_interval(4, 4)
     assert found.low < 0.6
 
 
-def test_one_candidate_has_the_usual_interval() -> None:
+def test_single_candidate_has_the_wilson_interval() -> None:
     assert bias_corrected_best((torch.arange(400) < 300)[None]) == wilson_interval(300, 400)

@@ -1,4 +1,4 @@
-"""How far a score may be from what it estimates."""
+"""Compute confidence intervals of accuracies."""
 
 import math
 from collections.abc import Sequence
@@ -8,14 +8,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tl_lightning.evaluation.selection import choose, standard_errors
+from tl_lightning.evaluation.selection import choose_candidates, standard_errors
 
 _RESAMPLES = 1000
-_AT_ONCE = 100
+_RESAMPLES_AT_ONCE = 100
 
 
 class Interval(NamedTuple):
-    """A score and where the true one lies."""
+    """A score with its confidence interval."""
 
     estimate: float
     low: float
@@ -23,47 +23,47 @@ class Interval(NamedTuple):
 
 
 def wilson_interval(successes: float, trials: int, level: float = 0.95) -> Interval:
-    """Return a share and its interval, as of the accuracy on images that nothing was chosen by.
+    """Return a proportion with Wilson's confidence interval, such as the accuracy on the test images.
 
-    Wilson's interval (1927, https://doi.org/10.1080/01621459.1927.10502953).
+    Wilson 1927, https://doi.org/10.1080/01621459.1927.10502953.
 
     Args:
-        successes: How many of the trials succeeded; an estimate of it may be no whole number.
-        trials: At least one.
-        level: Of confidence.
+        successes: Number of successful trials; an estimate of it may be a fraction.
+        trials: Number of trials, at least one.
+        level: Confidence level.
 
     Raises:
-        ValueError: There are no trials, or fewer than successes.
+        ValueError: There are no trials, or more successes than trials.
     """
     if not 0 <= successes <= trials or not trials:
         raise ValueError(
-            f"{successes} of {trials} succeeded; there must be at least one trial, and as many as successes"
+            f"{successes} of {trials} succeeded; there must be at least one trial, and no more successes than trials"
         )
     z = NormalDist().inv_cdf((1 + level) / 2)
     estimate = successes / trials
-    middle = (estimate + z * z / (2 * trials)) / (1 + z * z / trials)
+    centre = (estimate + z * z / (2 * trials)) / (1 + z * z / trials)
     half = z / (1 + z * z / trials) * math.sqrt(estimate * (1 - estimate) / trials + z * z / (4 * trials**2))
-    return Interval(estimate, max(0.0, middle - half), min(1.0, middle + half))
+    return Interval(estimate, max(0.0, centre - half), min(1.0, centre + half))
 
 
 def bias_corrected_best(
     outcomes: Tensor, simplicity: Sequence[int] | None = None, level: float = 0.95, seed: int = 0
 ) -> Interval:
-    """Return the share that the chosen one of many candidates gets right, which was chosen by this very share.
+    """Estimate the accuracy of a candidate that was chosen by its accuracy on the same images.
 
-    The best of many looks better than it is. So one is chosen in the same way on resamples of the images, and scored on the
-    images that are not in the resample (Tsamardinos et al. 2018, section 3.2, https://doi.org/10.1007/s10994-018-5714-4).
-    The interval around that is Wilson's.
+    The best of many candidates looks better than it is. So the choice is repeated on resamples of the images, and each
+    chosen candidate is scored on the images outside its resample (Tsamardinos et al. 2018, section 3.2,
+    https://doi.org/10.1007/s10994-018-5714-4). The interval around the mean of these scores is Wilson's.
 
     Args:
-        outcomes: (candidates, images): whether each candidate was right on each image; at least two images.
-        simplicity: Place of each candidate, the simplest first, where
-            :func:`simplest_within_one_standard_error` has chosen; None where the best was taken.
-        level: Of confidence.
-        seed: Of the resamples.
+        outcomes: Whether each candidate was correct on each image (candidates, images); at least two images.
+        simplicity: Rank of each candidate, 0 for the simplest, if
+            :func:`simplest_within_one_standard_error` chose it; None if the best was chosen.
+        level: Confidence level.
+        seed: Seed of the resamples.
 
     Returns:
-        The share without what choosing added, and its interval.
+        The accuracy without the optimism of the selection, and its interval.
     """
     values = outcomes.to(torch.float64)
     candidates, images = values.shape
@@ -71,14 +71,14 @@ def bias_corrected_best(
         return wilson_interval(float(values.sum()), images, level)
     errors = standard_errors(values)
     generator = torch.Generator().manual_seed(seed)
-    found = []
-    for _ in range(0, _RESAMPLES, _AT_ONCE):
-        drawn = torch.randint(images, (_AT_ONCE, images), generator=generator)
-        counts = torch.zeros(_AT_ONCE, images, dtype=values.dtype)
+    scores = []
+    for _ in range(0, _RESAMPLES, _RESAMPLES_AT_ONCE):
+        drawn = torch.randint(images, (_RESAMPLES_AT_ONCE, images), generator=generator)
+        counts = torch.zeros(_RESAMPLES_AT_ONCE, images, dtype=values.dtype)
         counts.scatter_add_(1, drawn, torch.ones_like(drawn, dtype=values.dtype))
-        chosen = choose(values @ counts.T / images, errors, simplicity)
+        chosen = choose_candidates(values @ counts.T / images, errors, simplicity)
         outside = (counts == 0).to(values.dtype)
-        right = (values @ outside.T).gather(0, chosen[None])[0]
-        some = outside.any(1)
-        found.append(right[some] / outside.sum(1)[some])
-    return wilson_interval(float(torch.cat(found).mean()) * images, images, level)
+        correct = (values @ outside.T).gather(0, chosen[None])[0]
+        usable = outside.any(1)  # a resample may hold all images
+        scores.append(correct[usable] / outside.sum(1)[usable])
+    return wilson_interval(float(torch.cat(scores).mean()) * images, images, level)
