@@ -26,7 +26,7 @@ from tl_lightning.data import CachedFeaturesDataModule, SolarCellsDataModule
 from tl_lightning.data.sampler import DistributedBatchSampler
 from tl_lightning.heads import LinearHead
 from tl_lightning.modules import LinearProbe, PartialFineTuning, TransferClassifier
-from tl_lightning.sweep.training import HeadOptions, Training, train_alone, train_together
+from tl_lightning.sweep.training import HeadOptions, Training, train_head, train_heads_together
 
 EPOCHS = 30
 
@@ -106,9 +106,9 @@ def fifty_heads(features: Tensor, target: Tensor) -> tuple[float, float]:
     for _ in range(2):  # the first pass is a warm-up
         begin = time.perf_counter()
         for head, rate in zip(heads[::10], rates[::10], strict=True):
-            train_alone(head, rate, training)
+            train_head(head, rate, training)
         middle = time.perf_counter()
-        train_together(heads, rates, training)
+        train_heads_together(heads, rates, training)
         times.append((10 * (middle - begin), time.perf_counter() - middle))
     return times[-1]
 

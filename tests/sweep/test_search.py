@@ -1,7 +1,8 @@
-"""What is chosen is chosen honestly."""
+"""A search chooses heads that learn, and reports scores without the optimism of the selection."""
 
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -11,14 +12,15 @@ from tests.heads.clouds import overlapping_clouds
 from tl_lightning.data.sampler import DistributedBatchSampler
 from tl_lightning.evaluation import wilson_interval
 from tl_lightning.heads import LinearHead, MLPHead
-from tl_lightning.sweep.candidates import WHOLE, Candidate
+from tl_lightning.sweep.candidates import Candidate, HeadInput
 from tl_lightning.sweep.search import LabelledFeatures, SearchResult, search
 from tl_lightning.sweep.training import HeadOptions
 
+POOLED = HeadInput()
 GRID = [Candidate(LinearHead, HeadOptions(lr, decay)) for lr in (1e-4, 1e-3, 1e-2, 1e-1) for decay in (0.0, 0.1, 1.0)]
 
 
-def run(
+def run_search(
     train: LabelledFeatures,
     val: LabelledFeatures,
     classes: int,
@@ -26,21 +28,21 @@ def run(
     candidates: Sequence[Candidate] = GRID,
     **options: object,
 ) -> SearchResult:
-    defaults: dict[str, object] = {
+    arguments: dict[str, Any] = {
         "epochs": 3,
-        "order": partial(DistributedBatchSampler, batch_size=32, shuffle=True, seed=seed),
+        "make_sampler": partial(DistributedBatchSampler, batch_size=32, shuffle=True, seed=seed),
         "rng_state": torch.Generator().manual_seed(seed).get_state(),
+        "loss": nn.functional.cross_entropy,
     }
-    loss = nn.functional.cross_entropy
-    return search(candidates, train, val, num_classes=classes, loss=loss, seed=seed, **(defaults | options))  # type: ignore[arg-type]
+    return search(candidates, train, val, num_classes=classes, seed=seed, **(arguments | options))
 
 
 @pytest.mark.parametrize("folds", [0, 5])
-def test_what_learns_is_chosen(folds: int) -> None:
+def test_head_that_learns_is_chosen(folds: int) -> None:
     features, target = overlapping_clouds(3, count=600)
-    found = run(
-        LabelledFeatures({WHOLE: features[:400]}, target[:400]),
-        LabelledFeatures({WHOLE: features[400:]}, target[400:]),
+    found = run_search(
+        LabelledFeatures({POOLED: features[:400]}, target[:400]),
+        LabelledFeatures({POOLED: features[400:]}, target[400:]),
         3,
         folds=folds,
     )
@@ -50,50 +52,52 @@ def test_what_learns_is_chosen(folds: int) -> None:
     assert found.interval.low < found.accuracy[found.chosen] <= found.interval.high + 0.05
 
 
-def test_simpler_means_smaller_then_more_decay_then_slower() -> None:
+def test_simplest_has_fewest_parameters_then_largest_decay_then_lowest_rate() -> None:
     features, target = overlapping_clouds(2, count=300)
-    features = features + 30 * torch.nn.functional.one_hot(target, 30)  # everybody is right
+    features = features + 30 * torch.nn.functional.one_hot(target, 30)  # every head is right
     candidates = [
         Candidate(partial(MLPHead, hidden=(4,)), HeadOptions(1e-2, 1.0)),
         Candidate(LinearHead, HeadOptions(1e-2, 0.1)),
         Candidate(LinearHead, HeadOptions(1e-2, 1.0)),
         Candidate(LinearHead, HeadOptions(3e-3, 1.0)),
     ]
-    half = LabelledFeatures({WHOLE: features[:200]}, target[:200])
-    found = run(half, LabelledFeatures({WHOLE: features[200:]}, target[200:]), 2, candidates=candidates, epochs=20)
+    half = LabelledFeatures({POOLED: features[:200]}, target[:200])
+    found = run_search(
+        half, LabelledFeatures({POOLED: features[200:]}, target[200:]), 2, candidates=candidates, epochs=20
+    )
     assert (found.accuracy == 1).all()
     assert found.chosen == 3
 
 
-def test_what_diverges_is_not_chosen() -> None:
+def test_diverged_head_is_not_chosen() -> None:
     features, target = overlapping_clouds(2, count=300)
-    target = torch.where(torch.arange(300) < 240, 0, target)  # most are of the class that a head without sense names
-    half = LabelledFeatures({WHOLE: features[:200]}, target[:200])
+    target = torch.where(torch.arange(300) < 240, 0, target)  # a diverged head predicts class 0, which most images have
+    half = LabelledFeatures({POOLED: features[:200]}, target[:200])
     candidates = [Candidate(LinearHead, HeadOptions(1e-3, 0.0)), Candidate(LinearHead, HeadOptions(1e30, 1e30))]
-    found = run(half, LabelledFeatures({WHOLE: features[200:]}, target[200:]), 2, candidates=candidates)
+    found = run_search(half, LabelledFeatures({POOLED: features[200:]}, target[200:]), 2, candidates=candidates)
     assert found.chosen == 0
     assert found.accuracy[1] == 0
 
 
-def test_a_head_is_the_same_whatever_else_is_tried() -> None:
+def test_head_does_not_depend_on_the_other_candidates() -> None:
     features, target = overlapping_clouds(2, count=300)
     half, rest = (
-        LabelledFeatures({WHOLE: features[:200]}, target[:200]),
-        LabelledFeatures({WHOLE: features[200:]}, target[200:]),
+        LabelledFeatures({POOLED: features[:200]}, target[:200]),
+        LabelledFeatures({POOLED: features[200:]}, target[200:]),
     )
     dropping = [Candidate(partial(MLPHead, hidden=(8,), dropout=0.5), HeadOptions(lr, 0.0)) for lr in (1e-2, 3e-3)]
-    among = run(half, rest, 2, candidates=dropping)
-    alone = run(half, rest, 2, candidates=dropping[1:])
+    among = run_search(half, rest, 2, candidates=dropping)
+    alone = run_search(half, rest, 2, candidates=dropping[1:])
     assert among.loss[1] == alone.loss[0]
 
 
 @pytest.mark.parametrize("folds", [0, 3])
 def test_equal_searches_give_equal_bits(folds: int) -> None:
     features, target = overlapping_clouds(3, count=300)
-    train = LabelledFeatures({WHOLE: features[:200]}, target[:200])
-    val = LabelledFeatures({WHOLE: features[200:]}, target[200:])
+    train = LabelledFeatures({POOLED: features[:200]}, target[:200])
+    val = LabelledFeatures({POOLED: features[200:]}, target[200:])
     candidates = [*GRID, Candidate(partial(MLPHead, hidden=(8,), dropout=0.5), HeadOptions(1e-2, 0.0))]
-    first, second = (run(train, val, 3, candidates=candidates, folds=folds) for _ in range(2))
+    first, second = (run_search(train, val, 3, candidates=candidates, folds=folds) for _ in range(2))
     assert torch.equal(first.accuracy, second.accuracy)
     assert torch.equal(first.loss, second.loss)
     assert (first.chosen, first.interval) == (second.chosen, second.interval)
@@ -105,20 +109,20 @@ TRIALS = 200
 
 
 @pytest.mark.timeout(1200)
-def test_shuffled_labels_are_chance() -> None:
-    """Of 200 searches among labels that mean nothing, the intervals contain chance as often as they say."""
+def test_intervals_cover_chance_on_random_labels() -> None:
+    """In 200 searches on random labels, the intervals contain an accuracy of 0.5 as often as their level says."""
     covered = tested = 0
     for trial in range(TRIALS):
         generator = torch.Generator().manual_seed(trial)
         features = torch.randn(360, 8, generator=generator)
         target = torch.randint(0, 2, (360,), generator=generator)
         train, val = (
-            LabelledFeatures({WHOLE: features[:100]}, target[:100]),
-            LabelledFeatures({WHOLE: features[100:200]}, target[100:200]),
+            LabelledFeatures({POOLED: features[:100]}, target[:100]),
+            LabelledFeatures({POOLED: features[100:200]}, target[100:200]),
         )
-        found = run(train, val, 2, seed=trial, epochs=1)
+        found = run_search(train, val, 2, seed=trial, epochs=1)
         covered += found.interval.low <= 0.5 <= found.interval.high
-        # The winner, on images that nothing was chosen by.
+        # The winner on images that had no influence on the choice.
         guesses = found.head(features[200:]).argmax(1)
         accuracy = wilson_interval(int((guesses == target[200:]).sum()), 160)
         tested += accuracy.low <= 0.5 <= accuracy.high
@@ -126,14 +130,16 @@ def test_shuffled_labels_are_chance() -> None:
     assert tested / TRIALS >= 0.95 - 0.047
 
 
-def test_nothing_to_compare() -> None:
+def test_search_without_candidates_is_refused() -> None:
     features, target = overlapping_clouds(2)
     with pytest.raises(ValueError, match="nothing to compare"):
-        run(LabelledFeatures({WHOLE: features}, target), LabelledFeatures({WHOLE: features}, target), 2, candidates=[])
+        run_search(
+            LabelledFeatures({POOLED: features}, target), LabelledFeatures({POOLED: features}, target), 2, candidates=[]
+        )
 
 
-def test_one_validation_image_is_too_few() -> None:
+def test_single_validation_image_is_refused() -> None:
     features, target = overlapping_clouds(2)
-    train, one = LabelledFeatures({WHOLE: features}, target), LabelledFeatures({WHOLE: features[:1]}, target[:1])
+    train, one = LabelledFeatures({POOLED: features}, target), LabelledFeatures({POOLED: features[:1]}, target[:1])
     with pytest.raises(ValueError, match="1 validation images to choose by"):
-        run(train, one, 2)
+        run_search(train, one, 2)

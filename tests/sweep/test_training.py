@@ -1,4 +1,4 @@
-"""Heads that are trained together are the heads that are trained one by one."""
+"""Heads that are trained together equal heads that are trained one by one."""
 
 import copy
 from collections.abc import Iterator
@@ -11,10 +11,18 @@ from tests.heads.clouds import overlapping_clouds
 from tl_lightning.data.sampler import DistributedBatchSampler
 from tl_lightning.heads import LinearHead, MLPHead
 from tl_lightning.sweep import training as module
-from tl_lightning.sweep.training import Advance, HeadOptions, Loss, Training, train, train_alone, train_together
+from tl_lightning.sweep.training import (
+    HeadOptions,
+    Loss,
+    ProgressCallback,
+    Training,
+    train_head,
+    train_heads,
+    train_heads_together,
+)
 
 
-def work(classes: int = 3, count: int = 230, features: int = 20, epochs: int = 4) -> Training:
+def make_training(classes: int = 3, count: int = 230, features: int = 20, epochs: int = 4) -> Training:
     made, target = overlapping_clouds(classes, count=count, features=features)
     order = DistributedBatchSampler(count, 32, shuffle=True, seed=1)
 
@@ -25,7 +33,7 @@ def work(classes: int = 3, count: int = 230, features: int = 20, epochs: int = 4
     return Training(made, target, batches, epochs, nn.functional.cross_entropy)
 
 
-def fifty(classes: int, features: int, standardize: bool) -> tuple[list[LinearHead], list[HeadOptions]]:
+def fifty_heads(classes: int, features: int, standardize: bool) -> tuple[list[LinearHead], list[HeadOptions]]:
     torch.manual_seed(0)
     head = LinearHead(features, classes, standardize=standardize)
     rates = [
@@ -36,13 +44,13 @@ def fifty(classes: int, features: int, standardize: bool) -> tuple[list[LinearHe
 
 @pytest.mark.parametrize("standardize", [False, True])
 @pytest.mark.parametrize("classes", [2, 5])
-def test_fifty_together_are_the_fifty_alone(standardize: bool, classes: int) -> None:
-    training = work(classes)
-    together, rates = fifty(classes, 20, standardize)
+def test_heads_trained_together_equal_heads_trained_one_by_one(standardize: bool, classes: int) -> None:
+    training = make_training(classes)
+    together, rates = fifty_heads(classes, 20, standardize)
     alone = copy.deepcopy(together)
-    train_together(together, rates, training)
+    train_heads_together(together, rates, training)
     for head, rate in zip(alone, rates, strict=True):
-        train_alone(head, rate, training)
+        train_head(head, rate, training)
     for one, other in zip(together, alone, strict=True):
         for name, tensor in one.state_dict().items():
             torch.testing.assert_close(tensor, other.state_dict()[name], rtol=1e-5, atol=1e-5)
@@ -50,15 +58,15 @@ def test_fifty_together_are_the_fifty_alone(standardize: bool, classes: int) -> 
     assert len({tuple(head.linear.weight.flatten().tolist()) for head in together}) == 50
 
 
-def test_another_loss_is_used() -> None:
+def test_heads_trained_together_use_the_given_loss() -> None:
     def smoothed(scores: Tensor, target: Tensor) -> Tensor:
         return nn.functional.cross_entropy(scores, target, label_smoothing=0.3)
 
-    training = work()._replace(loss=smoothed)
-    together, rates = fifty(3, 20, standardize=True)
+    training = make_training()._replace(loss=smoothed)
+    together, rates = fifty_heads(3, 20, standardize=True)
     alone = copy.deepcopy(together[7])
-    train_together(together, rates, training)
-    train_alone(alone, rates[7], training)
+    train_heads_together(together, rates, training)
+    train_head(alone, rates[7], training)
     torch.testing.assert_close(together[7].linear.weight, alone.linear.weight, rtol=1e-5, atol=1e-5)
 
 
@@ -67,22 +75,24 @@ def batched(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Sizes of the groups of heads that were trained together."""
     sizes: list[int] = []
 
-    def spy(heads: list[LinearHead], rates: list[HeadOptions], training: Training, *advance: Advance) -> None:
+    def spy(
+        heads: list[LinearHead], rates: list[HeadOptions], training: Training, *on_progress: ProgressCallback
+    ) -> None:
         sizes.append(len(heads))
-        train_together(heads, rates, training, *advance)
+        train_heads_together(heads, rates, training, *on_progress)
 
-    monkeypatch.setattr(module, "train_together", spy)
+    monkeypatch.setattr(module, "train_heads_together", spy)
     return sizes
 
 
 def test_only_linear_heads_without_dropout_are_trained_together(batched: list[int]) -> None:
-    training = work(epochs=2)
-    plain, rates = fifty(3, 20, standardize=True)
+    training = make_training(epochs=2)
+    plain, rates = fifty_heads(3, 20, standardize=True)
     heads: list[nn.Module] = [*plain[:6], MLPHead(20, 3, hidden=(8,)), LinearHead(20, 3, dropout=0.5), MLPHead(20, 3)]
     expected = [copy.deepcopy(head) for head in heads]
     for head, rate in zip(expected, rates, strict=False):
-        train_alone(head, rate, training)
-    train(heads, rates[: len(heads)], training)
+        train_head(head, rate, training)
+    train_heads(heads, rates[: len(heads)], training)
     assert batched == [6]
     for head, other in zip(heads, expected, strict=True):
         for name, tensor in head.state_dict().items():
@@ -93,10 +103,10 @@ def test_only_linear_heads_without_dropout_are_trained_together(batched: list[in
 def test_size_of_a_head_decides_whether_heads_are_trained_together(
     classes: int, together: bool, batched: list[int]
 ) -> None:
-    training = work(classes, count=64, features=1280, epochs=1)
+    training = make_training(classes, count=64, features=1280, epochs=1)
     for count in (2, 5):
         batched.clear()
-        train([LinearHead(1280, classes) for _ in range(count)], [HeadOptions(1e-3, 0.0)] * count, training)
+        train_heads([LinearHead(1280, classes) for _ in range(count)], [HeadOptions(1e-3, 0.0)] * count, training)
         assert batched == ([count] if together else [])
 
 
@@ -111,10 +121,10 @@ def drawing(logits: Tensor, target: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("loss", [branching, drawing])
 def test_loss_that_vmap_refuses_trains_one_head_at_a_time(loss: Loss, batched: list[int]) -> None:
-    training = work(epochs=2)._replace(loss=loss)
-    heads, rates = fifty(3, 20, standardize=True)
+    training = make_training(epochs=2)._replace(loss=loss)
+    heads, rates = fifty_heads(3, 20, standardize=True)
     alone = copy.deepcopy(heads[4])
-    train(heads[:6], rates[:6], training)
-    train_alone(alone, rates[4], training)
+    train_heads(heads[:6], rates[:6], training)
+    train_head(alone, rates[4], training)
     assert not batched
     assert torch.equal(heads[4].linear.weight, alone.linear.weight)

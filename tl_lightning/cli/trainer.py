@@ -9,9 +9,9 @@ from lightning.pytorch import LightningDataModule, Trainer
 from tl_lightning.data.precompute import compute_features, require_cached_features
 from tl_lightning.heads import HeadCallable
 from tl_lightning.modules import TransferClassifier
-from tl_lightning.sweep.candidates import candidates_of
+from tl_lightning.sweep.candidates import build_candidates
 from tl_lightning.sweep.sweep import SweepResult, sweep
-from tl_lightning.sweep.winner import configuration_of
+from tl_lightning.sweep.winner import to_fit_config
 from tl_lightning.utils.console import print_table
 
 
@@ -58,17 +58,17 @@ class TransferTrainer(Trainer):
             lr: Learning rates of the head.
             weight_decay: Weight decays of AdamW.
             heads: Classes of heads; None takes the head of the model.
-            boundaries: Stages before which the network is cut, to find the depth that it needs. Heads are put there, on the
-                mean over all places. ``head`` is the end of the network, which None takes alone.
-            folds: Number of folds for cross-validation over training and validation images; 0 compares on the validation
-                images.
+            boundaries: Stages before which the network is cut, to find the depth that it needs. Heads are put there, on
+                the mean over all places. ``head`` is the end of the network, which None takes alone.
+            folds: Number of folds for cross-validation over training and validation images; 0 compares on the
+                validation images.
 
         Raises:
             TypeError: The data module serves no cached features.
             ValueError: The model trains more than a head, or there are too few candidates or images to compare.
         """
         data = require_cached_features(datamodule, "sweep needs cached features")
-        candidates = candidates_of(model, lr, weight_decay, heads, boundaries)
+        candidates = build_candidates(model, lr, weight_decay, heads, boundaries)
         self.sweep_result = sweep(self, model, data, candidates, folds=folds, other_head=heads is not None)
 
     def write_winner(self, configuration: dict[str, Any]) -> None:
@@ -80,7 +80,7 @@ class TransferTrainer(Trainer):
         assert self.sweep_result is not None  # noqa: S101 - the command line calls it after a sweep
         result = self.sweep_result
         path = result.checkpoint.parent.parent / "winner.yaml"
-        fit = configuration_of(configuration, result.classifier, result.candidate)
+        fit = to_fit_config(configuration, result.classifier, result.candidate)
         if self.is_global_zero:
             path.write_text(yaml.safe_dump(fit, sort_keys=False), encoding="utf-8")
         print_table("chosen", result.describe() | {"as a fit": str(path)})

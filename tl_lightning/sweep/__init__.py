@@ -1,1 +1,1 @@
-"""Compare many heads on stored features, and choose one honestly."""
+"""Compare many heads on cached features, and choose one by a score without the optimism of the selection."""

@@ -1,4 +1,4 @@
-"""What a search found, as a table to look at and as a file."""
+"""Print the result of a search as a table, and write it as a file."""
 
 import csv
 from pathlib import Path
@@ -9,14 +9,14 @@ from tl_lightning.utils.console import print_table
 _SHOWN = 10
 
 
-def print_found(found: SearchResult, folds: int) -> None:
-    """Print the best, what was chosen, and its score without what choosing added.
+def print_search_result(result: SearchResult, folds: int) -> None:
+    """Print the best candidates, the chosen one, and its accuracy with the correction for the selection.
 
     Args:
-        found: What came out of a search.
-        folds: Of the cross-validation that it was compared by; 0 if by validation images.
+        result: The result of a search.
+        folds: Number of folds of the cross-validation; 0 if the candidates were compared on validation images.
     """
-    rows = _rows(found)
+    rows = _rows(result)
     words = {"head": "{}", "boundary": "boundary {}", "lr": "lr {}", "weight_decay": "decay {}"}
     constant = {key for key in ("head", "boundary") if len({row[key] for row in rows}) == 1}
     shown = {
@@ -29,34 +29,39 @@ def print_found(found: SearchResult, folds: int) -> None:
     }
     if len(rows) > len(shown):
         shown["others"] = f"{len(rows) - len(shown)}, in sweep.csv"
-    low, high = found.interval.low, found.interval.high
-    shown["chosen"] = f"{found.interval.estimate:.4f} ({low:.4f} to {high:.4f} at 95 %) without what choosing added"
+    estimate, low, high = result.interval
+    shown["chosen"] = f"{estimate:.4f} ({low:.4f} to {high:.4f} at 95 %), corrected for choosing the best of many"
     by = f"by {folds}-fold cross-validation" if folds else "on validation images"
     print_table(f"compared: accuracy {by}", shown)
 
 
-def write_table(found: SearchResult, path: Path) -> None:
-    """Write all that was tried, one candidate a row, as comma-separated values."""
+def write_csv(result: SearchResult, path: Path) -> None:
+    """Write all candidates as comma-separated values, one a row, the best first.
+
+    Args:
+        result: The result of a search.
+        path: The file; its folder is made if it is missing.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    rows = _rows(found)
+    rows = _rows(result)
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()
         writer.writerows(rows)
 
 
-def _rows(found: SearchResult) -> list[dict[str, str]]:
-    """Return what was tried, the best first."""
-    order = sorted(range(len(found.candidates)), key=lambda n: (-float(found.accuracy[n]), float(found.loss[n])))
+def _rows(result: SearchResult) -> list[dict[str, str]]:
+    """Return one row a candidate, the best first."""
+    order = sorted(range(len(result.candidates)), key=lambda n: (-float(result.accuracy[n]), float(result.loss[n])))
     return [
         {
-            "head": found.candidates[n].name,
-            "boundary": found.candidates[n].before,
-            "lr": f"{found.candidates[n].rates.lr:g}",
-            "weight_decay": f"{found.candidates[n].rates.weight_decay:g}",
-            "accuracy": f"{float(found.accuracy[n]):.4f}",
-            "cross_entropy": f"{float(found.loss[n]):.4f}",
-            "chosen": "yes" if n == found.chosen else "",
+            "head": result.candidates[n].name,
+            "boundary": result.candidates[n].boundary,
+            "lr": f"{result.candidates[n].options.lr:g}",
+            "weight_decay": f"{result.candidates[n].options.weight_decay:g}",
+            "accuracy": f"{float(result.accuracy[n]):.4f}",
+            "cross_entropy": f"{float(result.loss[n]):.4f}",
+            "chosen": "yes" if n == result.chosen else "",
         }
         for n in order
     ]

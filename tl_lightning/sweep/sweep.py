@@ -1,4 +1,4 @@
-"""Compare heads on cached features, and write down the one that is chosen."""
+"""Compare heads on cached features, and save the chosen one as a classifier."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,41 +22,41 @@ from tl_lightning.data.sampler import DistributedBatchSampler
 from tl_lightning.evaluation import Interval, wilson_interval
 from tl_lightning.freezing import HEAD
 from tl_lightning.modules import TransferClassifier
-from tl_lightning.sweep.candidates import Candidate, Source
-from tl_lightning.sweep.report import print_found, write_table
-from tl_lightning.sweep.search import LabelledFeatures, SearchResult, check_enough, search, work
-from tl_lightning.sweep.winner import classifier_of
+from tl_lightning.sweep.candidates import Candidate, HeadInput
+from tl_lightning.sweep.report import print_search_result, write_csv
+from tl_lightning.sweep.search import LabelledFeatures, SearchResult, check_enough_images, count_epochs, search
+from tl_lightning.sweep.winner import build_classifier
 from tl_lightning.utils.seeding import run_seed
 
-_OF_TRAINING = (BaseFinetuning, EarlyStopping, GradientAccumulationScheduler, Timer, WeightAveraging)
+_TRAINING_CALLBACKS = (BaseFinetuning, EarlyStopping, GradientAccumulationScheduler, Timer, WeightAveraging)
 _SPLITS = ("train", "val")
 
 
 class SweepResult(NamedTuple):
-    """What came out of a sweep."""
+    """The winner of a sweep, and all scores."""
 
-    found: SearchResult
+    search: SearchResult
     classifier: TransferClassifier
-    """With the head that was chosen."""
+    """The classifier with the chosen head."""
     checkpoint: Path
     test_accuracy: Interval | None
-    """On images that nothing was chosen by; None where there are none."""
+    """Accuracy on the test images, which had no influence on the choice; None if there are none."""
 
     @property
     def candidate(self) -> Candidate:
-        """What was chosen."""
-        return self.found.candidates[self.found.chosen]
+        """The chosen candidate."""
+        return self.search.candidates[self.search.chosen]
 
     def describe(self) -> dict[str, str]:
-        """Describe what was chosen, a few words a row."""
-        rates = self.candidate.rates
+        """Describe the winner as the rows of a table."""
+        options = self.candidate.options
         rows = {"head": self.candidate.name}
-        if self.candidate.before != HEAD:
-            rows["network"] = f"ends before {self.candidate.before}"
-        rows |= {"lr": f"{rates.lr:g}", "weight decay": f"{rates.weight_decay:g}"}
+        if self.candidate.boundary != HEAD:
+            rows["network"] = f"ends before {self.candidate.boundary}"
+        rows |= {"lr": f"{options.lr:g}", "weight decay": f"{options.weight_decay:g}"}
         if self.test_accuracy is not None:
-            _, low, high = self.test_accuracy
-            rows["test accuracy"] = f"{self.test_accuracy.estimate:.4f} ({low:.4f} to {high:.4f} at 95 %)"
+            estimate, low, high = self.test_accuracy
+            rows["test accuracy"] = f"{estimate:.4f} ({low:.4f} to {high:.4f} at 95 %)"
         return rows | {"checkpoint": str(self.checkpoint)}
 
 
@@ -72,51 +72,51 @@ def sweep(
     """Train the candidates, choose one, save it, and test it once.
 
     Args:
-        trainer: It says for how many epochs, and where files go.
-        model: The classifier whose head is varied.
-        data: The images, and where features are stored.
-        candidates: What is tried.
-        folds: Of cross-validation; 0 compares on the validation images.
-        other_head: Whether the candidates' heads are none of the model's own.
+        trainer: The trainer, which knows the number of epochs and the folder of the run.
+        model: The classifier whose head is replaced.
+        data: The images with their cached features.
+        candidates: The heads to compare, with their options.
+        folds: Number of folds of cross-validation; 0 compares on the validation images.
+        other_head: Whether the heads were chosen by the user, instead of by the model.
 
     Raises:
-        ValueError: The trainer is to do what a sweep does not, the data have several views of an image, or there are too few
-            images to choose by.
+        ValueError: The trainer has an option that a sweep does not support, or the data have several views of an image.
+            Or there are too few images to compare, or every head diverged.
     """
     if data.views:
-        raise ValueError(f"data.views is {data.views}; sweep trains on the images as they are: leave views out")
-    _check(trainer)
+        raise ValueError(f"data.views is {data.views}; sweep trains on one view of each image: leave views out")
+    _check_trainer(trainer)
     data.prepare_data()
     train_target, val_target = (torch.tensor(data.splits[split].targets) for split in _SPLITS)
-    check_enough(train_target, val_target, model.num_classes, folds)
-    splits = _read(trainer, model, data, candidates, other_head=other_head)
-    found = _search(trainer, model, data, candidates, splits, folds)
+    check_enough_images(train_target, val_target, model.num_classes, folds)
+    train, val = _load_features(trainer, model, data, candidates, other_head=other_head)
+    result = _search_on_all_ranks(trainer, model, data, candidates, train, val, folds)
     folder = Path(str(trainer.log_dir or trainer.default_root_dir))
     if trainer.is_global_zero:
-        write_table(found, folder / "sweep.csv")
-    print_found(found, folds)
-    if not found.loss.isfinite().any():
-        raise ValueError("every head diverged: compare lower learning rates and weight decays, or look at the features")
-    classifier = classifier_of(model, candidates[found.chosen], other_head=other_head)
-    classifier.head.load_state_dict(found.head.state_dict())
-    trainer.validate(classifier, datamodule=data, verbose=False)  # the score of what is saved, by the usual way
+        write_csv(result, folder / "sweep.csv")
+    print_search_result(result, folds)
+    if not result.loss.isfinite().any():
+        raise ValueError(
+            "every head diverged: compare lower learning rates and weight decays, or check the features for huge values"
+        )
+    classifier = build_classifier(model, candidates[result.chosen], other_head=other_head)
+    classifier.head.load_state_dict(result.head.state_dict())
+    trainer.validate(classifier, datamodule=data, verbose=False)  # the checkpoint holds this score, as after a fit
     checkpoint = folder / "checkpoints" / "best.ckpt"
-    trainer.save_checkpoint(checkpoint, weights_only=False)  # with what says which images were for training
-    tested = None
+    trainer.save_checkpoint(checkpoint, weights_only=False)  # with the record of the training images
+    test_accuracy = None
     if "test" in data.splits:
         trainer.test(classifier, datamodule=data, ckpt_path=str(checkpoint), weights_only=True, verbose=False)
-        accuracy = trainer.callback_metrics.get("test_accuracy")  # a subclass may measure something else
+        accuracy = trainer.callback_metrics.get("test_accuracy")  # a subclass may have other metrics
         count = len(data.splits["test"].files)
-        tested = None if accuracy is None else wilson_interval(round(float(accuracy) * count), count)
-    return SweepResult(found, classifier, checkpoint, tested)
+        test_accuracy = None if accuracy is None else wilson_interval(round(float(accuracy) * count), count)
+    return SweepResult(result, classifier, checkpoint, test_accuracy)
 
 
-def _check(trainer: Trainer) -> None:
-    """Refuse what a fit of the winner would do, and its training in the sweep does not."""
-    if (trainer.max_epochs or 0) < 1:
-        raise ValueError("sweep trains each head for max_epochs, a number of at least 1")
-    usual = {
-        "fast_dev_run": (trainer.fast_dev_run, False),  # type: ignore[attr-defined]  # Lightning sets it, as others here
+def _check_trainer(trainer: Trainer) -> None:
+    """Refuse options that a fit of the winner would follow, and that the training of heads in a sweep ignores."""
+    supported = {
+        "fast_dev_run": (trainer.fast_dev_run, False),  # type: ignore[attr-defined]  # set by Lightning, as others here
         "max_steps": (trainer.max_steps, -1),
         "gradient_clip_val": (trainer.gradient_clip_val, None),
         "accumulate_grad_batches": (trainer.accumulate_grad_batches, 1),
@@ -125,75 +125,79 @@ def _check(trainer: Trainer) -> None:
         "limit_val_batches": (trainer.limit_val_batches, 1.0),
         "limit_test_batches": (trainer.limit_test_batches, 1.0),
     }
-    # 1 and 1.0 are not the same: one batch, and all of them
-    others = [f"{name} {given}" for name, (given, expected) in usual.items() if repr(given) != repr(expected)]
+    if (trainer.max_epochs or 0) < 1:
+        raise ValueError(f"max_epochs is {trainer.max_epochs}; sweep trains each head for a number of at least 1")
+    # Compared as text, because the limits 1 and 1.0 differ: one batch, and all batches.
+    refused = [f"{name} {given}" for name, (given, value) in supported.items() if repr(given) != repr(value)]
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-    others += [type(callback).__name__ for callback in callbacks if isinstance(callback, _OF_TRAINING)]
-    if others:
+    refused += [type(callback).__name__ for callback in callbacks if isinstance(callback, _TRAINING_CALLBACKS)]
+    if refused:
         raise ValueError(
-            f"sweep trains each head for max_epochs on all images, and knows no {', '.join(others)}: leave them out; a fit of "
-            "its winner.yaml takes them"
+            f"sweep trains each head for max_epochs on all images, and does not support {', '.join(refused)}: leave "
+            "them out; a fit of its winner.yaml supports them"
         )
 
 
-def _read(
+def _load_features(
     trainer: Trainer,
     model: TransferClassifier,
     data: CachedFeaturesDataModule,
     candidates: Sequence[Candidate],
     *,
     other_head: bool,
-) -> list[LabelledFeatures]:
-    """Compute what the candidates take, on all ranks, and return it of the training and of the validation images."""
-    features: list[dict[Source, Tensor]] = [{}, {}]
-    for before in dict.fromkeys(candidate.before for candidate in candidates):
-        here = [candidate for candidate in candidates if candidate.before == before]
-        sources = list(dict.fromkeys(candidate.takes for candidate in here))
-        compute_features(
-            trainer, classifier_of(model, here[0], other_head=other_head), data, [boundary for _, boundary in sources]
-        )
-        for found, split in zip(features, _SPLITS, strict=True):
-            found |= {source: data.features(split, source[1]) for source in sources}
+) -> tuple[LabelledFeatures, LabelledFeatures]:
+    """Compute the inputs of all heads, on all ranks; return those of the training and of the validation images."""
+    features: tuple[dict[HeadInput, Tensor], ...] = ({}, {})
+    for boundary in dict.fromkeys(candidate.boundary for candidate in candidates):
+        members = [candidate for candidate in candidates if candidate.boundary == boundary]
+        inputs = list(dict.fromkeys(candidate.head_input for candidate in members))
+        classifier = build_classifier(model, members[0], other_head=other_head)
+        compute_features(trainer, classifier, data, [head_input.representation for head_input in inputs])
+        for loaded, split in zip(features, _SPLITS, strict=True):
+            loaded |= {head_input: data.features(split, head_input.representation) for head_input in inputs}
     device = trainer.strategy.root_device
-    targets = (torch.tensor(data.splits[split].targets, device=device) for split in _SPLITS)
-    return [LabelledFeatures(found, target) for found, target in zip(features, targets, strict=True)]
+    train, val = (
+        LabelledFeatures(loaded, torch.tensor(data.splits[split].targets, device=device))
+        for loaded, split in zip(features, _SPLITS, strict=True)
+    )
+    return train, val
 
 
-def _search(
+def _search_on_all_ranks(
     trainer: Trainer,
     model: TransferClassifier,
     data: CachedFeaturesDataModule,
     candidates: Sequence[Candidate],
-    splits: Sequence[LabelledFeatures],
+    train: LabelledFeatures,
+    val: LabelledFeatures,
     folds: int,
 ) -> SearchResult:
-    """Search on all ranks alike, since a head may speak to its likes on the others; what the first one finds counts.
+    """Search on every rank, since heads may communicate between ranks; return the result of rank 0.
 
-    First weights, order and dropout are those of a fit, so that a fit of what is chosen comes out the same.
+    First weights, order and dropout are those of a fit, so that a fit of the winner trains the same head.
     """
-    train_samples, val_samples = splits
     columns = (TextColumn("heads"), BarColumn(), MofNCompleteColumn(), TextColumn("epochs"), TimeRemainingColumn())
     epochs = trainer.max_epochs or 0
     with Progress(*columns, disable=trainer.progress_bar_callback is None or not trainer.is_global_zero) as progress:
-        bar = progress.add_task("", total=work(candidates, epochs=epochs, folds=folds))
-        found = search(
+        bar = progress.add_task("", total=count_epochs(candidates, epochs=epochs, folds=folds))
+        own_result = search(
             candidates,
-            train_samples,
-            val_samples,
+            train,
+            val,
             num_classes=model.num_classes,
             loss=model.compute_loss,
             epochs=epochs,
-            order=lambda count: DistributedBatchSampler(count, data.batch_size, shuffle=True, seed=data.seed),
+            make_sampler=lambda count: DistributedBatchSampler(count, data.batch_size, shuffle=True, seed=data.seed),
             seed=run_seed(),
             rng_state=model.rng_state,
             folds=folds,
-            advance=lambda count: progress.advance(bar, count),
+            on_progress=lambda count: progress.advance(bar, count),
         )
-    state = {name: tensor.cpu() for name, tensor in found.head.state_dict().items()}
-    told, state = trainer.strategy.broadcast((found._replace(candidates=(), head=nn.Identity()), state))
+    state = {name: tensor.cpu() for name, tensor in own_result.head.state_dict().items()}
+    result, state = trainer.strategy.broadcast((own_result._replace(candidates=(), head=nn.Identity()), state))
     if trainer.is_global_zero:
-        return found
-    candidate = candidates[told.chosen]
-    head = candidate.head(train_samples.features[candidate.takes].shape[1], model.num_classes)
+        return own_result
+    candidate = candidates[result.chosen]
+    head = candidate.head(train.features[candidate.head_input].shape[1], model.num_classes)
     head.load_state_dict(state)
-    return told._replace(candidates=candidates, head=head)
+    return result._replace(candidates=candidates, head=head)
