@@ -20,8 +20,14 @@ class FrozenDriftError(RuntimeError):
 class FrozenGuard(Callback):
     """Hash the frozen tensors when stages start to train, and compare the hashes when other stages do, or the fit ends.
 
-    On several ranks, all parameters and frozen buffers must also be the same on each rank. Every classifier adds this
-    callback to its trainer.
+    On several ranks, all parameters and frozen buffers must also be the same on each rank.
+
+    Example:
+        Python: ``trainer.fit(model)`` adds it for every :class:`tl_lightning.modules.TransferClassifier`.
+        The command line adds it in the same way.
+
+    Raises:
+        FrozenDriftError: When stages change or the fit ends: a frozen tensor has changed, or ranks have other weights.
     """
 
     def __init__(self) -> None:
