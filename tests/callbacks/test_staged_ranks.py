@@ -1,4 +1,4 @@
-"""Staged unfreezing on two processes: each test reads its part of what one pair of processes has done."""
+"""Staged unfreezing on two processes: each test reads its part of the results of one pair of processes."""
 
 import gc
 import warnings
