@@ -1,27 +1,30 @@
-"""What a run has where its user has not chosen: precision, loggers, its configuration in a file."""
+"""Choose precision, loggers and callbacks for users who have not, and save the configuration of the run."""
 
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 from jsonargparse import Namespace
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, SaveConfigCallback
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 
+from tl_lightning.callbacks import Plan, PredictionWriter, Progress, Summary
 from tl_lightning.lightning_fixes.metrics_log import ResumableCSVLogger
 
 
 def default_precision(accelerator: str) -> str:
-    """Choose mixed precision on a CUDA device, bfloat16 where it is native, and single precision elsewhere."""
+    """Choose mixed precision on a CUDA device, with bfloat16 if it is native, and single precision elsewhere."""
     if accelerator not in ("auto", "gpu", "cuda") or not torch.cuda.is_available():
         return "32-true"
     return "bf16-mixed" if torch.cuda.is_bf16_supported(including_emulation=False) else "16-mixed"
 
 
 def default_loggers(folder: Path) -> list[Logger]:
-    """Build a CSV logger, and one for TensorBoard where that is installed, that write to one folder."""
+    """Build a CSV logger, and one for TensorBoard if that is installed, which write to one folder."""
     place: dict[str, Any] = {"save_dir": folder.parent, "name": "", "version": folder.name}
     loggers: list[Logger] = [ResumableCSVLogger(**place)]
     if find_spec("tensorboard") is not None:
@@ -29,8 +32,24 @@ def default_loggers(folder: Path) -> list[Logger]:
     return loggers
 
 
+def default_callbacks(subcommand: str, own: Sequence[Callback], *, progress: bool) -> list[Callback]:
+    """Build the callbacks that print the plan, the progress and the results.
+
+    Args:
+        subcommand: The subcommand; ``predict`` also writes predictions.
+        own: The user's callbacks; a progress bar among them replaces the default one.
+        progress: Whether to show a progress bar.
+    """
+    callbacks: list[Callback] = [Plan()]
+    if progress and not any(isinstance(callback, ProgressBar) for callback in own):
+        callbacks.append(Progress())
+    if subcommand == "predict":  # it prints after the progress bar has ended, as the summary does
+        callbacks.append(PredictionWriter())
+    return [*callbacks, Summary()]
+
+
 class SaveConfig(SaveConfigCallback):
-    """Save the configuration once the run is known to be one, and without the checkpoint that it may go on from."""
+    """Save the configuration after a fit has passed its checks, and without the checkpoint that it resumes from."""
 
     def __init__(self, parser: LightningArgumentParser, config: Namespace, *args: Any, **kwargs: Any) -> None:
         config = config.clone()
@@ -38,10 +57,10 @@ class SaveConfig(SaveConfigCallback):
         super().__init__(parser, config, *args, **kwargs)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Save now where nothing is resumed."""
+        """Save the configuration of all commands but fit."""
         if stage != "fit":
             super().setup(trainer, pl_module, stage)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save when model and data have accepted the checkpoint."""
+        """Save the configuration of a fit, now that model and data have accepted the checkpoint."""
         super().setup(trainer, pl_module, "fit")

@@ -1,4 +1,4 @@
-"""The argument parser, which prints short errors and short help."""
+"""Parse arguments, with short errors and short help."""
 
 import sys
 from argparse import Action
@@ -13,7 +13,7 @@ _KNOWN = "known subclasses: "
 
 
 class HelpFormatter(DefaultHelpFormatter):
-    """The usual help, which for a head lists heads, and not all of the thousand modules that have been imported."""
+    """Format help as usual, but for a head list only heads, not the thousand imported subclasses of ``nn.Module``."""
 
     def _get_help_string(self, action: Action) -> str:
         text = super()._get_help_string(action)
@@ -26,38 +26,38 @@ class HelpFormatter(DefaultHelpFormatter):
 
 
 class Parser(LightningArgumentParser):
-    """A parser that says what is wrong, without sixty lines of usage in front of it."""
+    """Report a mistake in one message, without the usage of sixty lines that argparse prints before it."""
 
     command: ClassVar[str] = "tl-lightning"
-    """What was called, with its subcommand."""
+    """The program and its subcommand."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         own: dict[str, Any] = {"prog": "tl-lightning", "formatter_class": HelpFormatter}
         super().__init__(*args, **own | kwargs)
-        self._made_for: type | None = None
+        self._parsed_class: type | None = None
         self._given: dict[str, Any] = {}
 
     def add_class_arguments(self, theclass: type, *args: Any, **kwargs: Any) -> Any:
-        """Add the arguments of a class, and remember of which one."""
-        self._made_for = self._made_for or theclass
+        """Add the arguments of a class, and note the class for error messages."""
+        self._parsed_class = self._parsed_class or theclass
         return super().add_class_arguments(theclass, *args, **kwargs)
 
     def parse_args(self, args: Any = None, *more: Any, **kwargs: Any) -> Any:
-        """Parse, and remember the names of the options."""
+        """Parse arguments, and note the given options for error messages."""
         if isinstance(args, list):
             pairs = [arg.partition("=") for arg in args if arg.startswith("--")]
             self._given = {option.lstrip("-"): value for option, _, value in pairs}
         return super().parse_args(args, *more, **kwargs)
 
     def parse_object(self, cfg_obj: Any, *more: Any, **kwargs: Any) -> Any:
-        """Parse, and remember the names of the options."""
+        """Parse a configuration, and note the given options for error messages."""
         self._given = dict(vars(cfg_obj) if isinstance(cfg_obj, Namespace) else cfg_obj)
         return super().parse_object(cfg_obj, *more, **kwargs)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Print the mistake and where the options are listed, and exit."""
+        """Print the mistake and the option that lists all options, and exit with code 2."""
         parser = getattr(ex, "subcommand_parser", self)
         options = {action.dest for action in parser._actions} - {"help"}
-        text, listed = errors.explain(message, self._made_for, self._given, options, Parser.command)
+        text, listed = errors.explain(message, self._parsed_class, self._given, options, Parser.command)
         sys.stderr.write(f"tl-lightning: error: {text}\nAll options: {Parser.command} {listed}\n")
         sys.exit(2)

@@ -1,4 +1,4 @@
-"""Whether there is a checkpoint, and whether a run goes on with the model that it holds."""
+"""Check that a checkpoint exists, that its classes are trusted, and that it fits the model that resumes from it."""
 
 import sys
 from collections.abc import Iterator
@@ -11,50 +11,56 @@ from tl_lightning.utils.messages import unknown
 from tl_lightning.utils.paths import short_path
 from tl_lightning.utils.serialization import TRUSTED_PACKAGES
 
-_MAY_CHANGE = {"weights", "scheduler_interval"}
-_SHAPING = ("num_classes", "unfreeze_from")
+_MAY_DIFFER = {"weights", "scheduler_interval"}
+_SHAPING = ("num_classes", "unfreeze_from")  # numbers that make another model
 _SHOWN = 3
 
+_Differences = dict[str, tuple[str, str]]  # the value in the checkpoint and the value now, by option
 
-def check_there(path: str | Path) -> None:
-    """Make sure that a checkpoint is there.
+
+def check_exists(path: str | Path) -> None:
+    """Check that a checkpoint file exists.
 
     Raises:
-        FileNotFoundError: It is not; the message says which ones there are.
+        FileNotFoundError: It does not; the message lists the checkpoints nearby.
     """
     path = Path(path)
     if path.is_file():
         return
     if path.is_dir():
-        found = [short_path(file) for file in sorted(path.rglob("*.ckpt"))]
-        ones = f"give one of its checkpoints: {', '.join(found)}" if found else "and there is no checkpoint in it"
-        raise FileNotFoundError(f"--ckpt_path is {str(path)!r}, a folder; {ones}")
+        inside = [short_path(file) for file in sorted(path.rglob("*.ckpt"))]
+        advice = f"give one of its checkpoints: {', '.join(inside)}" if inside else "it contains no checkpoint"
+        raise FileNotFoundError(f"--ckpt_path is the folder {str(path)!r}; {advice}")
     folder = path.parent
     names = sorted(file.name for file in folder.glob("*.ckpt"))
     if names:
-        there = unknown("checkpoint", path.name, names, of=short_path(folder.absolute())).partition("; ")[2]
+        nearby = unknown("checkpoint", path.name, names, of=short_path(folder.absolute())).partition("; ")[2]
     elif folder.is_dir():
-        there = f"there is none in {short_path(folder.absolute())!r}"
+        nearby = f"the folder {short_path(folder.absolute())!r} contains no checkpoint"
     else:
-        there = f"there is no folder {str(folder)!r}"
-    raise FileNotFoundError(f"the checkpoint {str(path)!r} does not exist; {there}")
+        nearby = f"the folder {str(folder)!r} does not exist"
+    raise FileNotFoundError(f"the checkpoint {str(path)!r} does not exist; {nearby}")
 
 
-def check_known(path: str | Path, saved: dict[str, Any]) -> None:
-    """Make sure that classes of the user's own in a checkpoint have been named on the command line, which trusts them.
+def check_trusted_classes(path: str | Path, saved: dict[str, Any]) -> None:
+    """Check that the user has named the classes of a checkpoint that are of no trusted package; naming trusts them.
+
+    Args:
+        path: The checkpoint file.
+        saved: The content of the checkpoint.
 
     Raises:
-        ValueError: One has not.
+        ValueError: A class has not been named.
     """
     model = saved[checkpoints.KEY]["model"]
-    known = (*TRUSTED_PACKAGES, "__main__")
-    modules = {name: name.rpartition(".")[0] for name in _classes(model)}
-    names = [name for name, at in modules.items() if at not in sys.modules and at.partition(".")[0] not in known]
+    trusted = (*TRUSTED_PACKAGES, "__main__")
+    modules = {name: name.rpartition(".")[0] for name in _class_paths(model)}
+    names = [name for name, at in modules.items() if at not in sys.modules and at.partition(".")[0] not in trusted]
     if not names:
         return
-    parts = [*_parts(model), *_head_of(model)]
+    parts = [*_model_and_backbone(model), *_head(model)]
     options = " ".join(f"--{key} {part['class_path']}" for key, part in parts if part["class_path"] in names)
-    ways = [options] * bool(options) + [f"--config {config}" for config in _config_of(path)]
+    ways = [options] * bool(options) + [f"--config {config}" for config in _config_of_run(path)]
     raise ValueError(
         f"the checkpoint {str(path)!r} names the class {' and '.join(map(repr, names))}, which is neither of "
         f"{', '.join(TRUSTED_PACKAGES)} nor named on the command line. If you trust it, add "
@@ -62,121 +68,129 @@ def check_known(path: str | Path, saved: dict[str, Any]) -> None:
     )
 
 
-def _classes(described: Any) -> Iterator[str]:
-    if isinstance(described, dict):
-        if isinstance(described.get("class_path"), str):
-            yield described["class_path"]
-        described = list(described.values())
-    if isinstance(described, list):
-        for part in described:
-            yield from _classes(part)
+def check_max_epochs(path: str | Path, saved: dict[str, Any], max_epochs: int | None) -> None:
+    """Check that a resumed run does not end before the epoch from which it resumes.
 
-
-def _parts(model: dict[str, Any]) -> tuple[tuple[str, dict[str, Any]], ...]:
-    return ("model", model), ("backbone", model["backbone"])
-
-
-def _head_of(model: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
-    head = model["init_args"].get("head")
-    return [("model.head", head)] if isinstance(head, dict) and "class_path" in head else []
-
-
-def _config_of(path: str | Path) -> list[str]:
-    """Return the configuration of the run that wrote a checkpoint, if it is still there."""
-    config = Path(path).resolve().parent.parent / "config.yaml"
-    return [short_path(config)] if config.is_file() else []
-
-
-def check_length(path: str | Path, saved: dict[str, Any], max_epochs: int | None) -> None:
-    """Make sure that a run is not to end before the epoch that it goes on from.
+    Args:
+        path: The checkpoint file.
+        saved: The content of the checkpoint.
+        max_epochs: The length of the resumed run; None and -1 do not limit it.
 
     Raises:
-        ValueError: It is.
+        ValueError: It would.
     """
     done = saved.get("loops", {}).get("fit_loop", {}).get("epoch_progress", {}).get("current", {}).get("processed", 0)
     if max_epochs not in (None, -1) and done > int(max_epochs or 0):
         raise ValueError(
-            f"the checkpoint {str(path)!r} has {done} epochs behind it, and trainer.max_epochs is {max_epochs}: give at least {done}"
+            f"the checkpoint {str(path)!r} has completed {done} epochs, but trainer.max_epochs is {max_epochs}: give "
+            f"at least {done}"
         )
 
 
-def check_resumed(path: str | Path, saved: dict[str, Any], classifier: TransferClassifier) -> None:
-    """Make sure that a classifier is what a checkpoint was trained with; learning rates and the like may be others.
+def check_same_model(path: str | Path, saved: dict[str, Any], classifier: TransferClassifier) -> None:
+    """Check that a classifier has the classes, arguments and shapes of the one in a checkpoint.
+
+    Learning rates and other mere numbers may differ.
 
     Args:
-        path: The checkpoint's file.
-        saved: What :func:`tl_lightning.modules.checkpoint.read` has read from it.
-        classifier: What is to be trained further.
+        path: The checkpoint file.
+        saved: The content of the checkpoint; its tensors may be mapped.
+        classifier: The classifier that is to be trained further.
 
     Raises:
-        ValueError: It holds no run that could go on; or class, backbone, head, classes or stages are others.
+        ValueError: The checkpoint has no training state, or its classifier has other classes, arguments or shapes.
     """
     if not saved.get("optimizer_states"):
         raise ValueError(
-            f"the checkpoint {str(path)!r} holds a model and not the state of its training, as that of a sweep, so no run can go on "
-            "from it: leave --ckpt_path out"
+            f"the checkpoint {str(path)!r} holds a model without the state of its training, as the checkpoints of a "
+            "sweep do, so a fit cannot resume from it: leave --ckpt_path out"
         )
-    state = classifier.state_dict()
-    was, now = (
-        saved[checkpoints.KEY],
-        checkpoints.describe(classifier, {}),
-    )  # without weights, whose hashes take seconds
-    changed, rates = _differences(was, now)
-    shapes = {name: tuple(tensor.shape) for name, tensor in saved["state_dict"].items()}
-    now_shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
-    misfit = [name for name in shapes | now_shapes if shapes.get(name) != now_shapes.get(name)]
+    now = checkpoints.describe(classifier, {})  # without the weights, whose hashes would take seconds
+    changed, rates = _differences(saved[checkpoints.KEY], now)
+    shapes_then = {name: tuple(tensor.shape) for name, tensor in saved["state_dict"].items()}
+    shapes_now = {name: tuple(tensor.shape) for name, tensor in classifier.state_dict().items()}
+    misfit = [name for name in shapes_then | shapes_now if shapes_then.get(name) != shapes_now.get(name)]
     if misfit and not changed:
-        changed = rates or {"weights": (", ".join(misfit[:_SHOWN]), "other ones, by the code of the classes")}
+        listed = ", ".join(misfit[:_SHOWN])
+        changed = rates or {"weights": (listed, "other names or shapes, since the code of the classes has changed,")}
     if not changed:
         return
-    given = "".join(f", or give --config {config}" for config in _config_of(path))
-    lines = "".join(f"\n  {name}: {before} in the checkpoint, {after} now" for name, (before, after) in changed.items())
+    given = "".join(f", or give --config {config}" for config in _config_of_run(path))
+    lines = "".join(f"\n  {name}: {then} in the checkpoint, {now} now" for name, (then, now) in changed.items())
     raise ValueError(
-        f"the checkpoint {str(path)!r} was trained with another model:{lines}\nTo resume, repeat the command of its run{given}. To train "
-        "another model, leave --ckpt_path out"
+        f"the checkpoint {str(path)!r} was trained with another model:{lines}\n"
+        f"To resume, repeat the command of its run{given}. To train another model, leave --ckpt_path out"
     )
 
 
-_Changes = dict[str, tuple[str, str]]  # what was and what is, by option
+def _class_paths(config: Any) -> Iterator[str]:
+    if isinstance(config, dict):
+        if isinstance(config.get("class_path"), str):
+            yield config["class_path"]
+        config = list(config.values())
+    if isinstance(config, list):
+        for part in config:
+            yield from _class_paths(part)
 
 
-def _differences(was: dict[str, Any], now: dict[str, Any]) -> tuple[_Changes, _Changes]:
-    """Return what differs in what was described: what makes another model, and mere numbers, as learning rates."""
-    changed: _Changes = {}
-    rates: _Changes = {}
-    for (key, before), (_, after) in zip(_parts(was["model"]), _parts(now["model"]), strict=True):
+def _model_and_backbone(model: dict[str, Any]) -> tuple[tuple[str, dict[str, Any]], ...]:
+    return ("model", model), ("backbone", model["backbone"])
+
+
+def _head(model: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    head = model["init_args"].get("head")
+    return [("model.head", head)] if isinstance(head, dict) and "class_path" in head else []
+
+
+def _config_of_run(path: str | Path) -> list[str]:
+    """Return the configuration of the run that wrote a checkpoint, if the file still exists."""
+    config = Path(path).resolve().parent.parent / "config.yaml"
+    return [short_path(config)] if config.is_file() else []
+
+
+def _differences(then: dict[str, Any], now: dict[str, Any]) -> tuple[_Differences, _Differences]:
+    """Compare two descriptions of classifiers.
+
+    Returns:
+        The differences that make another model, and those of mere numbers, as learning rates.
+    """
+    changed: _Differences = {}
+    rates: _Differences = {}
+    for (key, before), (_, after) in zip(
+        _model_and_backbone(then["model"]), _model_and_backbone(now["model"]), strict=True
+    ):
         if before["class_path"] != after["class_path"]:
-            changed[key] = (_shown(before | {"init_args": {}}), _shown(after | {"init_args": {}}))
+            changed[key] = (_typed(before | {"init_args": {}}), _typed(after | {"init_args": {}}))
             continue  # another class has other arguments
         first, second = _arguments(before), _arguments(after)
-        for name in first.keys() & second.keys() - _MAY_CHANGE:  # an earlier version may have had fewer
+        for name in first.keys() & second.keys() - _MAY_DIFFER:  # an earlier version may have had fewer arguments
             pair = first[name], second[name]
-            if _shown(pair[0]) != _shown(pair[1]):
+            if _typed(pair[0]) != _typed(pair[1]):
                 is_rate = key == "model" and name not in _SHAPING and all(_is_number(value) for value in pair)
-                (rates if is_rate else changed)[f"{key}.{name}"] = (_shown(pair[0]), _shown(pair[1]))
-    names = was["class_names"], now["class_names"]
+                (rates if is_rate else changed)[f"{key}.{name}"] = (_typed(pair[0]), _typed(pair[1]))
+    names = then["class_names"], now["class_names"]
     if None not in names and names[0] != names[1]:
         changed.pop("model.num_classes", None)
-        changed["classes of the data"] = (_listed(names[0]), _listed(names[1]))
+        changed["classes of the data"] = (_count_and_names(names[0]), _count_and_names(names[1]))
     return changed, rates
 
 
-def _arguments(described: dict[str, Any]) -> dict[Any, Any]:
-    return {**dict(enumerate(described.get("args", []))), **described.get("init_args", {})}
+def _arguments(config: dict[str, Any]) -> dict[Any, Any]:
+    return {**dict(enumerate(config.get("args", []))), **config.get("init_args", {})}
 
 
 def _is_number(value: object) -> bool:
     return value is None or (isinstance(value, (int, float)) and not isinstance(value, bool))
 
 
-def _shown(value: Any) -> str:
-    """Return a described value as it would be typed: of a class or a factory, the name and the arguments."""
+def _typed(value: Any) -> str:
+    """Return a described value as a user would type it; of a class, its name and its arguments."""
     if isinstance(value, dict) and "class_path" in value:
-        listed = ", ".join(f"{name}={_shown(one)}" for name, one in _arguments(value).items())
+        listed = ", ".join(f"{name}={_typed(argument)}" for name, argument in _arguments(value).items())
         return str(value["class_path"]).rpartition(".")[2] + (f"({listed})" if listed else "")
     return repr(list(value) if isinstance(value, tuple) else value)
 
 
-def _listed(names: list[str]) -> str:
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return f"{len(names)} ({', '.join(names[:_SHOWN])}{more})"
+def _count_and_names(class_names: list[str]) -> str:
+    more = f" and {len(class_names) - _SHOWN} more" if len(class_names) > _SHOWN else ""
+    return f"{len(class_names)} ({', '.join(class_names[:_SHOWN])}{more})"

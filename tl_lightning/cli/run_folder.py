@@ -1,4 +1,4 @@
-"""The folders of runs: ``version_0``, ``version_1`` and so on, and what lies in them."""
+"""Create and find the folders of runs, ``version_0``, ``version_1`` and so on, and the checkpoints in them."""
 
 import re
 from contextlib import suppress
@@ -9,61 +9,64 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from tl_lightning.modules import checkpoint
 
+_PREFIX = "version_"
+_WITHOUT_RESULTS = re.compile(
+    r"config\.yaml|hparams\.yaml|metrics\.csv|predictions\.csv\.part|events\.out\.tfevents\..*"
+)
+_NOT_RESUMABLE = ("best.ckpt", "probe.ckpt")  # copies of an earlier epoch
 
-def claim_folder(root: Path) -> Path:
-    """Make the folder ``version_N`` of a new run, which no other run has, and return its absolute path.
+
+def create_run_folder(root: Path) -> Path:
+    """Create the folder of a new run, which no other run uses, and return its absolute path.
 
     Raises:
         NotADirectoryError: The root is a file.
-        OSError: Nothing can be written there.
+        OSError: No folder can be created there.
     """
     if root.exists() and not root.is_dir():
-        raise NotADirectoryError(f"trainer.default_root_dir is {str(root)!r}, a file; give a folder for the runs")
+        raise NotADirectoryError(f"trainer.default_root_dir is the file {str(root)!r}; give a folder for the runs")
     while True:
-        taken = [int(path.name[8:]) for path in root.glob("version_*") if path.name[8:].isdigit()]
-        folder = root.absolute() / f"version_{max(taken, default=-1) + 1}"
+        numbers = [_number(run) for run in _runs(root)]
+        folder = root.absolute() / f"{_PREFIX}{max(numbers, default=-1) + 1}"
         if getattr(rank_zero_only, "rank", 0) != 0:
-            return folder  # only the first process writes
+            return folder  # only rank 0 writes
         try:
             folder.mkdir(parents=True)
         except OSError as error:
             if isinstance(error, FileExistsError) and root.is_dir():
                 continue  # another run was faster
             raise OSError(
-                f"trainer.default_root_dir is {str(root)!r}, where no folder can be made ({error.strerror}); give another"
+                f"trainer.default_root_dir is {str(root)!r}, where no folder can be created ({error.strerror}); give "
+                "another folder"
             ) from error
         return folder
 
 
-_WITHOUT_RESULTS = re.compile(
-    r"config\.yaml|hparams\.yaml|metrics\.csv|predictions\.csv\.part|events\.out\.tfevents\..*"
-)
-
-
-def give_back_folder(folder: Path) -> None:
-    """Remove the folder of a run that ended before it began, unless something else has been put there."""
+def remove_run_folder(folder: Path) -> None:
+    """Remove the folder of a run that ended before it began, unless it contains other files than those of a start."""
     found = list(folder.iterdir()) if folder.is_dir() else []
     if getattr(rank_zero_only, "rank", 0) != 0 or not all(_WITHOUT_RESULTS.fullmatch(path.name) for path in found):
         return
     for path in found:
         path.unlink()
-    with suppress(OSError):  # somebody else was faster, or has just put something there
+    with suppress(OSError):  # another process has removed the folder, or has just put a file there
         folder.rmdir()
 
 
 def find_checkpoint(root: Path, name: Literal["best", "last"]) -> Path:
-    """Return the checkpoint of that name of the newest run that has one.
+    """Return the checkpoint of this name in the newest run that has one.
 
     Raises:
         FileNotFoundError: No run has one.
     """
-    found = [file for file in root.glob(f"version_*/checkpoints/{name}.ckpt") if file.parts[-3][8:].isdigit()]
-    if not found:
-        raise FileNotFoundError(f"no run in {str(root.absolute())!r} has a {name}.ckpt; give the path of a checkpoint")
-    return max(found, key=lambda file: int(file.parts[-3][8:]))
+    for run in _newest_first(root):
+        file = run / "checkpoints" / f"{name}.ckpt"
+        if file.exists():
+            return file
+    raise FileNotFoundError(f"no run in {str(root.absolute())!r} has a {name}.ckpt; give the path of a checkpoint")
 
 
-def newest_checkpoint(root: Path) -> tuple[Path, dict[str, Any]]:
+def find_resumable_checkpoint(root: Path) -> tuple[Path, dict[str, Any]]:
     """Find the checkpoint from which the newest run resumes: the last one written that is not damaged.
 
     Returns:
@@ -72,17 +75,29 @@ def newest_checkpoint(root: Path) -> tuple[Path, dict[str, Any]]:
     Raises:
         FileNotFoundError: No run has a checkpoint to resume from, or all checkpoints of the newest run are damaged.
     """
-    runs = [run for run in root.glob("version_*") if run.name[8:].isdigit()]
-    for run in sorted(runs, key=lambda run: int(run.name[8:]), reverse=True):
-        files = [file for file in run.glob("checkpoints/*.ckpt") if file.name not in ("best.ckpt", "probe.ckpt")]
-        damaged = None
+    for run in _newest_first(root):
+        files = [file for file in run.glob("checkpoints/*.ckpt") if file.name not in _NOT_RESUMABLE]
+        damage = None
         for file in sorted(files, key=lambda file: file.stat().st_mtime_ns, reverse=True):
             try:
                 content = checkpoint.read(file, mmap=True)
-                if content.get("optimizer_states"):
-                    return file, content
-            except ValueError as error:  # cut short, when the run was killed
-                damaged = error
-        if damaged is not None:
-            raise FileNotFoundError(f"the newest run has nothing to go on from, since {damaged}") from damaged
-    raise FileNotFoundError(f"no run in {str(root.absolute())!r} can be gone on with; give the path of a checkpoint")
+            except ValueError as error:  # the run was killed while it wrote the file
+                damage = error
+                continue
+            if content.get("optimizer_states"):
+                return file, content
+        if damage is not None:  # rather than resume another run
+            raise FileNotFoundError(f"the newest run cannot be resumed: {damage}") from damage
+    raise FileNotFoundError(f"no run in {str(root.absolute())!r} can be resumed; give the path of a checkpoint")
+
+
+def _runs(root: Path) -> list[Path]:
+    return [run for run in root.glob(f"{_PREFIX}*") if run.name.removeprefix(_PREFIX).isdigit()]
+
+
+def _number(run: Path) -> int:
+    return int(run.name.removeprefix(_PREFIX))
+
+
+def _newest_first(root: Path) -> list[Path]:
+    return sorted(_runs(root), key=_number, reverse=True)

@@ -19,7 +19,9 @@ def shipped_configs() -> dict[str, Path]:
 
 
 def resolve_config(given: str) -> str:
-    """Replace the bare name of a shipped configuration by its path; a file of that name in the current folder comes first.
+    """Replace the bare name of a shipped configuration by its path.
+
+    A file of that name in the current folder comes first.
 
     Args:
         given: The value of ``--config``: a path, or a name without folder and ending.

@@ -5,27 +5,28 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.callbacks import ProgressBar
+from lightning.pytorch import Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 
 from tl_lightning import __version__
-from tl_lightning.callbacks import Plan, PredictionWriter, Progress, Summary
 from tl_lightning.callbacks.model_checkpoint import best_checkpoint_callback, default_checkpoints, reverted
-from tl_lightning.cli.arguments import (
-    BUILDING,
-    CACHING,
-    DESCRIPTIONS,
-    add_parts,
-    class_paths,
-    complete,
-    import_module_of,
-    name_classes,
+from tl_lightning.cli.arguments import import_module_of_class, iter_class_paths, prepare_arguments
+from tl_lightning.cli.defaults import SaveConfig, default_callbacks, default_loggers, default_precision
+from tl_lightning.cli.options import (
+    MODEL_FROM_CONFIG,
+    ON_CACHED_FEATURES,
+    SUBCOMMANDS,
+    add_pipeline_options,
+    finish_parser,
 )
-from tl_lightning.cli.defaults import SaveConfig, default_loggers, default_precision
 from tl_lightning.cli.parser import Parser
-from tl_lightning.cli.resume_checks import check_known, check_length, check_resumed, check_there
-from tl_lightning.cli.run_folder import claim_folder, find_checkpoint, give_back_folder, newest_checkpoint
+from tl_lightning.cli.resume_checks import check_exists, check_max_epochs, check_same_model, check_trusted_classes
+from tl_lightning.cli.run_folder import (
+    create_run_folder,
+    find_checkpoint,
+    find_resumable_checkpoint,
+    remove_run_folder,
+)
 from tl_lightning.cli.trainer import TransferTrainer
 from tl_lightning.data import images_of
 from tl_lightning.lightning_fixes.metrics_log import CSVRowCount
@@ -35,14 +36,16 @@ from tl_lightning.utils.seeding import DEFAULT_SEED
 
 
 class TransferCLI(LightningCLI):
-    """LightningCLI with a top-level ``backbone``, and with everything that follows from data and backbone linked.
+    """LightningCLI with a top-level ``backbone``, linked to data and model as far as these follow from it.
 
-    ``fit`` builds the model from the configuration. ``validate``, ``test`` and ``predict`` take model, classes and
+    ``fit`` builds the model from the configuration. ``validate``, ``test`` and ``predict`` take model, class names and
     preprocessing from the checkpoint, and only images from the data.
     """
 
-    _resumed: dict[str, Any] | None = None
-    _claimed: Path | None = None
+    _checkpoint: dict[str, Any] | None = None
+    """The content of the given checkpoint, its tensors mapped, until the trainer reads it."""
+    _new_folder: Path | None = None
+    """The folder that was created for this run."""
 
     def __init__(self, args: ArgsType = None) -> None:
         filter_warnings()
@@ -50,10 +53,10 @@ class TransferCLI(LightningCLI):
             super().__init__(
                 trainer_class=TransferTrainer,
                 save_config_callback=SaveConfig,
-                save_config_kwargs={"overwrite": True},  # a resumed run goes on in its own folder
+                save_config_kwargs={"overwrite": True},  # a resumed run continues in its own folder
                 trainer_defaults={"max_epochs": 10, "default_root_dir": "runs", "enable_model_summary": False},
                 seed_everything_default=DEFAULT_SEED,
-                parser_kwargs={name: {"description": text} for name, text in DESCRIPTIONS.items()}
+                parser_kwargs={name: {"description": text} for name, text in SUBCOMMANDS.items()}
                 | {
                     "description": "Transfer learning for image classification.",
                     "prog": "tl-lightning",
@@ -65,49 +68,49 @@ class TransferCLI(LightningCLI):
                 load_from_checkpoint_support=False,
             )
         except BaseException:
-            if self._claimed is not None and not self._has_begun():
-                give_back_folder(self._claimed)
+            if self._new_folder is not None and not self._has_trained():
+                remove_run_folder(self._new_folder)
             raise
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
-        """Return the subcommands, and the arguments of their methods that are no options."""
-        return LightningCLI.subcommands() | {name: {"model", "datamodule"} for name in CACHING}
+        """Return the subcommands, each with the arguments of its method that are no options."""
+        return LightningCLI.subcommands() | {name: {"model", "datamodule"} for name in ON_CACHED_FEATURES}
 
     # Parsing --------------------------------------------------------------------------------------------------------
 
     def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add backbone, data, model and trainer, and link them."""
-        add_parts(parser, self._building)
+        add_pipeline_options(parser, self._current_subcommand)
         parser.add_lightning_class_args(self.trainer_class, "trainer")
         parser.set_defaults({f"trainer.{key}": value for key, value in self.trainer_defaults.items()})
 
     def _parse_ckpt_path(self) -> None:
-        """Leave the checkpoint to :meth:`before_instantiate_classes`: it holds no hyperparameters, which Lightning looks for."""
+        """Do not look for hyperparameters in the checkpoint, which has none."""
 
     def _add_subcommands(self, parser: LightningArgumentParser, **kwargs: Any) -> None:
         super()._add_subcommands(parser, **kwargs)
-        # Lightning puts the Trainer's docstrings there.
-        for choice in parser._subcommands_action._choices_actions:  # type: ignore[union-attr]  # made just now
-            choice.help = DESCRIPTIONS[choice.dest]
+        # Lightning sets the help of the subcommands to the trainer's docstrings.
+        for choice in parser._subcommands_action._choices_actions:  # type: ignore[union-attr]  # set by the call above
+            choice.help = SUBCOMMANDS[choice.dest]
 
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
-        self._building = subcommand
+        self._current_subcommand = subcommand
         parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
-        complete(parser, subcommand)
+        finish_parser(parser, subcommand)
         return parser
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
-        """Parse the arguments; without a configuration, they need to name only what is not the default."""
+        """Parse the arguments, which need to name only the classes that differ from the defaults."""
         if args is None:
             args = sys.argv[1:]
-        subcommand = next((arg for arg in args if arg in DESCRIPTIONS), "") if isinstance(args, list) else ""
+        subcommand = next((arg for arg in args if arg in SUBCOMMANDS), "") if isinstance(args, list) else ""
         Parser.command = f"tl-lightning {subcommand}".strip()
         if not isinstance(args, list):
             self.config = parser.parse_object(args)
             return
         try:
-            args = name_classes(args)
+            args = prepare_arguments(args)
         except ValueError as error:
             parser.error(str(error))
         self.config = parser.parse_args(args)
@@ -115,49 +118,43 @@ class TransferCLI(LightningCLI):
     # Building -------------------------------------------------------------------------------------------------------
 
     def before_instantiate_classes(self) -> None:
-        """Find and read the checkpoint, before anything is built or written.
+        """Find the checkpoint and look at it, before anything is built or written.
 
         Raises:
-            SystemExit: There is none where nothing is trained.
-            FileNotFoundError: The file, or a run that has it, does not exist.
-            ValueError: The file is no checkpoint of this library.
+            SystemExit: No checkpoint is given to a command that needs one.
+            FileNotFoundError: The file does not exist, or no run has such a file.
+            ValueError: The file is no checkpoint of this library, or names a class that is not trusted.
         """
-        config = self._get(self.config, "trainer")
         path = self._get(self.config, "ckpt_path")
-        if path is None and self.subcommand not in BUILDING:
-            self._parser(self.subcommand).error("a trained model is needed: add --ckpt_path FILE")
-        root = Path(config.default_root_dir)
+        if path is None and self.subcommand not in MODEL_FROM_CONFIG:
+            self._parser(self.subcommand).error(f"{self.subcommand} needs a trained model: add --ckpt_path FILE")
+        root = Path(self._get(self.config, "trainer").default_root_dir)
         if path == "last" and self.subcommand == "fit":
-            path, self._resumed = newest_checkpoint(root)
+            path, self._checkpoint = find_resumable_checkpoint(root)
         elif path in ("best", "last"):
             path = find_checkpoint(root, path)
         if path is not None:
             self.config[str(self.subcommand)]["ckpt_path"] = str(path)
-            check_there(path)
-        if path is not None and self._resumed is None:
-            self._resumed = checkpoint.read(path, mmap=True)
-        for class_path in class_paths([self._get(self.config, "model"), self._get(self.config, "backbone")]):
+            check_exists(path)
+        if path is not None and self._checkpoint is None:
+            self._checkpoint = checkpoint.read(path, mmap=True)
+        for class_path in iter_class_paths([self._get(self.config, "model"), self._get(self.config, "backbone")]):
             if "." in class_path:  # the user's own configuration may name any class
-                import_module_of(class_path)
-        if self.subcommand not in BUILDING and self._resumed is not None:
-            check_known(path, self._resumed)
+                import_module_of_class(class_path)
+        if self.subcommand not in MODEL_FROM_CONFIG and self._checkpoint is not None:
+            check_trusted_classes(path, self._checkpoint)
 
     def instantiate_classes(self) -> None:
-        """Build data, model and trainer; the model from the checkpoint where nothing is trained."""
+        """Build data, model and trainer, with the model from the configuration or from the checkpoint."""
         self.config_init = self.parser.instantiate_classes(self.config)
         self.datamodule = self._get(self.config_init, "data")
-        if self.subcommand in BUILDING:
+        if self.subcommand in MODEL_FROM_CONFIG:
             self.model = self._get(self.config_init, "model")
-            typed = self._get(self.config, "model").init_args.get("num_classes")
-            if typed not in (None, self.model.num_classes):
-                self._parser(self.subcommand).error(
-                    f"model.num_classes is {typed}, and the data have {self.model.num_classes} classes "
-                    f"({', '.join(self.model.class_names or ())}); leave it out, since it comes from the data"
-                )
-            if self._resumed is not None:
+            self._check_num_classes()
+            if self._checkpoint is not None:
                 path = self._get(self.config, "ckpt_path")
-                check_resumed(path, self._resumed, self.model)
-                check_length(path, self._resumed, self._get(self.config, "trainer").max_epochs)
+                check_same_model(path, self._checkpoint, self.model)
+                check_max_epochs(path, self._checkpoint, self._get(self.config, "trainer").max_epochs)
         else:
             self.model = TransferClassifier.load_from_checkpoint(self._get(self.config, "ckpt_path"))
             images = images_of(self.datamodule)
@@ -165,21 +162,24 @@ class TransferCLI(LightningCLI):
                 images.preprocessing = self.model.backbone.preprocessing
                 if self.model.class_names is not None:
                     images.class_names = self.model.class_names
-        self._resumed = None  # unmaps the file, which Lightning reads next and may replace in place later
+        self._checkpoint = None  # unmaps the file, which Lightning reads next and may replace in place later
         self.trainer = self.instantiate_trainer()
 
+    def _check_num_classes(self) -> None:
+        """Check that a number of classes on the command line is that of the data, which the model has taken."""
+        given = self._get(self.config, "model").init_args.get("num_classes")
+        if given not in (None, self.model.num_classes):
+            self._parser(self.subcommand).error(
+                f"model.num_classes is {given}, but the data have {self.model.num_classes} classes "
+                f"({', '.join(self.model.class_names or ())}); leave it out, since it comes from the data"
+            )
+
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """Add the folder, loggers and callbacks that the user has not chosen."""
+        """Build the trainer, with the folder, loggers and callbacks that the user has not chosen."""
         config = self._get(self.config_init, "trainer")
         own = config["callbacks"] or []
-        own = own if isinstance(own, list) else [own]  # one that is given alone is no list
-        # Summary and predictions speak up when the bar has been taken down, so they come after it.
-        added: list[Callback] = [Plan()]
-        if config["enable_progress_bar"] is not False and not any(isinstance(c, ProgressBar) for c in own):
-            added.append(Progress())
-        if self.subcommand == "predict":
-            added.append(PredictionWriter())
-        added.append(Summary())
+        own = own if isinstance(own, list) else [own]  # a single callback is no list
+        added = default_callbacks(str(self.subcommand), own, progress=config["enable_progress_bar"] is not False)
         folder = None
         if self.subcommand == "extract":
             self.save_config_callback = None
@@ -199,24 +199,24 @@ class TransferCLI(LightningCLI):
         return super().instantiate_trainer(callbacks=own + added, **kwargs)
 
     def _run_folder(self, root: Path) -> Path:
-        """Return the folder of this run: that of the run that is resumed, else a new one."""
-        resumed = self._get(self.config, "ckpt_path")
-        if self.subcommand == "fit" and resumed is not None:
-            folder = Path(resumed).resolve().parent.parent
+        """Return the folder of the resumed run, or create one for a new run."""
+        path = self._get(self.config, "ckpt_path")
+        if self.subcommand == "fit" and path is not None:
+            folder = Path(path).resolve().parent.parent
             if (folder / "config.yaml").is_file():
                 return folder
-        self._claimed = claim_folder(root)
-        return self._claimed
+        self._new_folder = create_run_folder(root)
+        return self._new_folder
 
-    def _has_begun(self) -> bool:
-        """Return whether training has come to its first batch; what only scores is complete, or it is nothing."""
+    def _has_trained(self) -> bool:
+        """Return whether training has reached its first batch; other commands leave nothing when they fail."""
         trainer = getattr(self, "trainer", None)
         return isinstance(trainer, Trainer) and trainer.fit_loop.epoch_progress.total.ready > 0
 
     # Running --------------------------------------------------------------------------------------------------------
 
     def before_fit(self) -> None:
-        """Make sure that there is something to test on when training has ended, if that is asked for.
+        """Check before training that there are test images, if the run is to test afterwards.
 
         Raises:
             ValueError: There are no test images.
@@ -227,16 +227,16 @@ class TransferCLI(LightningCLI):
             self.datamodule.setup("test")
 
     def after_fit(self) -> None:
-        """Test the best checkpoint, or the probe that was handed back, if asked for."""
+        """Test the best checkpoint, or the probe that fine-tuning was reverted to, if the user wants that."""
         if self._get(self.config, "test_after_fit"):
             best = best_checkpoint_callback(self.trainer)
             path = reverted(self.trainer) or (best.best_model_path if best else None)
             self.trainer.test(self.model, self.datamodule, ckpt_path=path or None, weights_only=True, verbose=False)
 
     def after_sweep(self) -> None:
-        """Write the configuration of a fit that trains what was chosen."""
+        """Write the configuration of a fit that trains the winner."""
         text = self._parser("sweep").dump(self.config["sweep"], skip_none=False)
-        assert isinstance(self.trainer, TransferTrainer)  # noqa: S101 - it was made so
+        assert isinstance(self.trainer, TransferTrainer)  # noqa: S101 - set as the trainer class above
         self.trainer.write_winner(yaml.safe_load(text))
 
 
