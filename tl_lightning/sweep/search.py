@@ -10,7 +10,7 @@ from tl_lightning.data.sampler import DistributedBatchSampler
 from tl_lightning.evaluation import Interval, bias_corrected_best, simplest_within_one_standard_error
 from tl_lightning.sweep.candidates import Candidate, HeadInput
 from tl_lightning.sweep.training import Loss, ProgressCallback, Training, ignore_progress, train_heads
-from tl_lightning.utils.seeding import derive_seed, from_rng_state, seeded
+from tl_lightning.utils.seeding import derive_seed, seeded, use_rng_state
 
 _MIN_VAL_IMAGES = 2  # a standard error needs two
 
@@ -187,7 +187,7 @@ def _train_candidates(
     heads: list[nn.Module] = []
     for candidate in candidates:
         features = samples.features[candidate.head_input]
-        with from_rng_state(rng_state):
+        with use_rng_state(rng_state):
             heads.append(candidate.head(features.shape[1], num_classes).to(features.device))
     for head_input in dict.fromkeys(candidate.head_input for candidate in candidates):
         numbers = [n for n, candidate in enumerate(candidates) if candidate.head_input == head_input]

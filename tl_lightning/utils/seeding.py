@@ -48,7 +48,7 @@ def _has_accelerator() -> bool:
 
 
 @contextmanager
-def from_rng_state(state: torch.Tensor) -> Iterator[None]:
+def use_rng_state(state: torch.Tensor) -> Iterator[None]:
     """Use an RNG state for torch's draws on the CPU inside the block, and restore the state of before at its end."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.set_state(state)
