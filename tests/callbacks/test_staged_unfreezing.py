@@ -1,5 +1,4 @@
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,19 +10,10 @@ from lightning.pytorch.strategies import FSDPStrategy
 
 from tests.callbacks.images import images
 from tests.doubles import TinyBackbone
-from tests.staged import EPOCHS, SCHEDULE, TRAINED, EpochRecorder, classifier, schedulers, trainer
-from tl_lightning.batch import Batch
+from tests.staged import EPOCHS, SCHEDULE, TRAINED, EpochRecorder, classifier, trainer
 from tl_lightning.callbacks import StagedUnfreezing
 from tl_lightning.modules import LinearProbe, PartialFineTuning
 from tl_lightning.utils.hashing import fingerprint
-
-# The resumed runs write no checkpoints.
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`, callbacks:UserWarning"),
-    # torch 2.15 warns of its own SequentialLR.
-    pytest.mark.filterwarnings("ignore:The epoch parameter in `scheduler.step:UserWarning"),
-]
-
 
 # The stage ------------------------------------------------------------------------------------------------------------
 
@@ -94,133 +84,6 @@ def test_validation_and_test_change_nothing(photos: Path, tmp_path: Path) -> Non
     run.test(model, data, verbose=False)
     assert [p.requires_grad for p in model.parameters()] == flags
     assert fingerprint(model.state_dict()) == state
-
-
-# Resuming -------------------------------------------------------------------------------------------------------------
-
-
-def run(
-    photos: Path, folder: Path, resume: Path | None = None, **options: Any
-) -> tuple[PartialFineTuning, EpochRecorder]:
-    model = classifier(**{key: options.pop(key) for key in ("scheduler", "scheduler_interval") if key in options})
-    callbacks: list[pl.Callback] = [StagedUnfreezing(options.pop("schedule", SCHEDULE)), recorder := EpochRecorder()]
-    if resume is None:
-        each_epoch = ModelCheckpoint(folder, "epoch-{epoch}", save_top_k=-1, save_on_train_epoch_end=True)
-        each_step = ModelCheckpoint(folder, "step-{step}", save_top_k=-1, every_n_train_steps=1)
-        callbacks += [each_epoch, *([each_step] if options.pop("each_step", False) else [])]
-    options["enable_checkpointing"] = resume is None
-    torch.manual_seed(0 if resume is None else 99)
-    trainer(folder, *callbacks, **options).fit(
-        model, images(photos, augment=False), ckpt_path=resume, weights_only=True
-    )
-    return model, recorder
-
-
-@pytest.mark.parametrize("name", schedulers(1))
-def test_run_resumed_after_any_epoch_ends_with_the_same_bits(name: str, photos: Path, tmp_path: Path) -> None:
-    options: dict[str, Any] = {"scheduler": schedulers(EPOCHS * 3)[name]}
-    options["scheduler_interval"] = "step" if name == "OneCycleLR" else "epoch"
-    model, recorder = run(photos, tmp_path, **options)
-    assert recorder.trained == TRAINED
-    checkpoints = sorted(tmp_path.glob("epoch-*.ckpt"))
-    assert len(checkpoints) == EPOCHS
-    for epoch, checkpoint in enumerate(checkpoints[:-1]):
-        resumed, recorder = run(photos, tmp_path, checkpoint, **options)
-        assert recorder.trained == TRAINED[epoch + 1 :], checkpoint.name
-        assert fingerprint(resumed.state_dict()) == fingerprint(model.state_dict()), checkpoint.name
-
-
-def test_run_resumed_in_the_middle_of_an_epoch_ends_with_the_same_bits(photos: Path, tmp_path: Path) -> None:
-    model, _ = run(photos, tmp_path, each_step=True)
-    checkpoints = sorted(tmp_path.glob("step-*.ckpt"))
-    assert len(checkpoints) == 3 * EPOCHS
-    for checkpoint in checkpoints:
-        resumed, recorder = run(photos, tmp_path, checkpoint)
-        assert recorder.trained == TRAINED[len(TRAINED) - len(recorder.trained) :], checkpoint.name
-        assert fingerprint(resumed.state_dict()) == fingerprint(model.state_dict()), checkpoint.name
-
-
-@pytest.mark.filterwarnings("ignore:the learning rates followed a schedule:UserWarning")
-def test_schedule_may_change_on_resume(photos: Path, tmp_path: Path) -> None:
-    run(photos, tmp_path, max_epochs=2)
-    _, recorder = run(photos, tmp_path, tmp_path / "epoch-epoch=1.ckpt", schedule={0: "layer2", 3: "layer3"})
-    assert recorder.trained == [("layer2", "layer3"), ("layer3",), ("layer3",)]
-
-
-# Learning rates -------------------------------------------------------------------------------------------------------
-
-
-def test_each_stage_warms_up_from_its_own_first_epoch(photos: Path, tmp_path: Path) -> None:
-    """The learning rates that it scales are those of the user's scheduler."""
-    recorder = EpochRecorder()
-    callback = StagedUnfreezing({1: "layer3", 3: "layer2", 4: "head", 5: "layer2"}, warmup_epochs=1.0)
-    model = classifier(
-        lr=1.0, backbone_lr=0.5, layer_decay=0.5, unfreeze_from="layer2", scheduler=schedulers(0)["StepLR"]
-    )
-    run = trainer(tmp_path, callback, recorder, max_epochs=6)
-    run.fit(model, images(photos))
-    table = [[round(step[name], 4) for name in ("head", "layer3", "layer2")] for step in recorder.steps]
-    third = 1 / 3
-    expected = [
-        # head   layer3          layer2
-        *[(1.0, 0.0, 0.0)] * 3,
-        *((1.0, 0.5 * share, 0.0) for share in (third, 2 * third, 1.0)),
-        *[(0.5, 0.25, 0.0)] * 3,
-        *((0.5, 0.25, 0.125 * share) for share in (third, 2 * third, 1.0)),
-        *[(0.25, 0.0, 0.0)] * 3,
-        *((0.25, 0.125 * share, 0.0625 * share) for share in (third, 2 * third, 1.0)),
-    ]
-    assert table == [pytest.approx(row, abs=1e-4) for row in expected]
-    assert [group["lr"] for group in run.optimizers[0].param_groups[::2]] == [0.125, 0.0625, 0.03125], (
-        "the callback has restored the rates"
-    )
-    logged = {name: float(run.callback_metrics[f"lr-{name}"]) for name in ("head", "layer3", "layer2")}
-    assert logged == pytest.approx({"head": 0.25, "layer3": 0.125, "layer2": 0.0625}), (
-        "the logged rate is the one that was used"
-    )
-
-
-class Stream(torch.utils.data.IterableDataset[Batch]):
-    """Three batches of a length that is not known beforehand."""
-
-    def __iter__(self) -> Iterator[Batch]:
-        for number in range(3):
-            images = torch.rand(4, 3, 16, 16, generator=torch.Generator().manual_seed(number))
-            yield Batch(images, torch.arange(4) % 3, torch.arange(4), None)
-
-
-def test_warm_up_counts_whole_epochs_if_their_length_is_unknown(tmp_path: Path) -> None:
-    recorder = EpochRecorder()
-    model = classifier(lr=1.0, backbone_lr=0.5, scheduler=schedulers(0)["none"], unfreeze_from="layer3")
-    run = trainer(tmp_path, StagedUnfreezing({1: "layer3"}, warmup_epochs=2.0), recorder, max_epochs=3)
-    stream: Any = torch.utils.data.DataLoader(Stream(), batch_size=None)
-    run.fit(model, stream, stream)
-    assert [step["layer3"] for step in recorder.steps] == [0.0] * 3 + [0.25] * 3 + [0.5] * 3
-
-
-@pytest.mark.parametrize("name", schedulers(1))
-def test_schedulers_keep_the_ratio_between_groups(name: str, photos: Path, tmp_path: Path) -> None:
-    interval: Any = "step" if name == "OneCycleLR" else "epoch"
-    model = classifier(layer_decay=0.5, scheduler=schedulers(EPOCHS * 3)[name], scheduler_interval=interval)
-    seen: list[list[float]] = []
-
-    class NoteRates(pl.Callback):
-        def on_train_batch_start(self, trainer: pl.Trainer, *args: Any) -> None:
-            seen.append([group["lr"] for group in trainer.optimizers[0].param_groups[::2]])
-
-    trainer(tmp_path, NoteRates()).fit(model, images(photos))
-    assert len(seen) == EPOCHS * 3
-    for head, layer3, layer2, layer1 in seen:
-        assert (layer3 / head, layer2 / head, layer1 / head) == pytest.approx((0.5, 0.25, 0.125), rel=1e-6)
-
-
-def test_scheduler_that_loses_the_ratio_is_refused(photos: Path, tmp_path: Path) -> None:
-    class Flat(torch.optim.lr_scheduler.LRScheduler):
-        def get_lr(self) -> list[float | torch.Tensor]:
-            return [0.1 for _ in self.base_lrs]
-
-    with pytest.raises(ValueError, match=r"Flat gives every group the learning rate 0\.1, but they had head 0\.01"):
-        trainer(tmp_path).fit(classifier(scheduler=Flat), images(photos))
 
 
 # Optimizer state ------------------------------------------------------------------------------------------------------
