@@ -98,7 +98,7 @@ def test_installed_wheel_runs_the_quickstart_in_an_empty_folder(empty_folder: Pa
         "main()\n"
     )
     environment = os.environ | {"PYTHONPATH": str(target), "XDG_CACHE_HOME": str(empty_folder / "cache")}
-    command = [sys.executable, script, "fit", "--config", "quickstart", "--trainer.fast_dev_run=true"]
+    command = [sys.executable, str(script), "fit", "--config", "quickstart", "--trainer.fast_dev_run=true"]
     done = subprocess.run(command, cwd=here, env=environment, capture_output=True, text=True, check=False)  # noqa: S603
     assert done.returncode == 0, done.stderr
     assert f"imported from {target}" in done.stdout

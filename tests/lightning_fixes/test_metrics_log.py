@@ -15,7 +15,7 @@ from tl_lightning.lightning_fixes.metrics_log import CSVRowCount, ResumableCSVLo
 
 pytestmark = pytest.mark.filterwarnings("ignore:.* directory .* exists and is not empty:UserWarning")
 
-# With these options, an epoch of six batches has two optimizer steps and three validations, two of them at the same step.
+# An epoch of six batches then has two optimizer steps and three validations, two of them at the same step.
 OFTEN: dict[str, Any] = {"accumulate_grad_batches": 4, "val_check_interval": 2}
 
 

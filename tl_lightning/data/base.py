@@ -53,7 +53,7 @@ class ResumableDataModule(ImageSource, LightningDataModule, ABC):
         sampler = DistributedBatchSampler(
             length, self.batch_size, shuffle=shuffle, seed=self.seed, rank=rank, world_size=world_size
         )
-        overfit = self.trainer is not None and self.trainer.overfit_batches > 0  # type: ignore[attr-defined]  # Lightning sets it
+        overfit = self.trainer is not None and self.trainer.overfit_batches > 0  # type: ignore[attr-defined]
         sampler.fixed_order = overfit and shuffle
         return sampler
 

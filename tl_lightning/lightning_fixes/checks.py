@@ -82,7 +82,7 @@ def check_monitors(trainer: Trainer) -> None:
     names = sorted(trainer.callback_metrics)
     monitors: list[tuple[object, str | None]] = [
         (callback, callback.monitor)
-        for callback in _callbacks(trainer)
+        for callback in callbacks_of(trainer)
         if isinstance(callback, ModelCheckpoint) or (isinstance(callback, EarlyStopping) and callback.strict)
     ]
     monitors += [(each.scheduler, each.monitor) for each in trainer.lr_scheduler_configs if each.reduce_on_plateau]
@@ -138,7 +138,7 @@ def check_callbacks(trainer: Trainer) -> None:
         ValueError: A callback changes the accumulation, averages frozen batch norm statistics, or sets one learning
             rate for all groups.
     """
-    for callback in _callbacks(trainer):
+    for callback in callbacks_of(trainer):
         if isinstance(callback, GradientAccumulationScheduler):
             raise ValueError(  # noqa: TRY004 - the user's choice is wrong, not a type
                 "GradientAccumulationScheduler changes how many batches make a step, so neither the learning rate "
@@ -158,5 +158,6 @@ def check_callbacks(trainer: Trainer) -> None:
             )
 
 
-def _callbacks(trainer: Trainer) -> list[Callback]:
+def callbacks_of(trainer: Trainer) -> list[Callback]:
+    """Return the callbacks of a trainer, an attribute that Lightning sets but does not declare."""
     return trainer.callbacks  # type: ignore[attr-defined,no-any-return]  # Lightning's own list

@@ -63,7 +63,9 @@ class ResumableCSVLogger(CSVLogger):
         return writer
 
     @rank_zero_only
-    def log_metrics(self, metrics: dict[str, Tensor | float], step: int | None = None) -> None:  # type: ignore[override]
+    def log_metrics(  # type: ignore[override]
+        self, metrics: dict[str, Tensor | float], step: int | None = None
+    ) -> None:
         """Add a row; before the first one, drop the rows that an interrupted run wrote and this run logs again."""
         _ = self.experiment
         if not self._has_logged and step is not None:

@@ -135,7 +135,8 @@ class ExactResume(Callback):
 
 def _set_callbacks(trainer: Trainer, callbacks: list[Callback]) -> None:
     """Set the callbacks, those that save checkpoints last, as Lightning orders them."""
-    trainer.callbacks = sorted(callbacks, key=lambda callback: isinstance(callback, Checkpoint))  # type: ignore[attr-defined]
+    ordered = sorted(callbacks, key=lambda callback: isinstance(callback, Checkpoint))
+    trainer.callbacks = ordered  # type: ignore[attr-defined]  # set by Lightning
 
 
 def _classifier(module: LightningModule) -> TransferClassifier:

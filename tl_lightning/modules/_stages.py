@@ -11,6 +11,7 @@ from typing_extensions import Self
 from tl_lightning.backbones import Backbone
 from tl_lightning.freezing import HEAD, MAP, FreezePolicy, frozen_forward
 from tl_lightning.heads import HeadCallable, MapHead
+from tl_lightning.lightning_fixes.checks import callbacks_of
 from tl_lightning.modules.auxiliary import AuxiliaryHeads
 from tl_lightning.utils.serialization import as_factory
 
@@ -160,7 +161,7 @@ class StagesMixin(LightningModule):
         if self.on_map:
             return {0: MAP}
         schedule: dict[int, str | int] = {0: next(iter(self.freeze_policy.unfreezable), HEAD)}
-        for callback in [] if self._trainer is None else self.trainer.callbacks:  # type: ignore[attr-defined]  # Lightning's own list
+        for callback in [] if self._trainer is None else callbacks_of(self.trainer):
             if isinstance(callback, StageSchedule):
                 schedule = {0: HEAD, **callback.schedule}
         names = list(self.freeze_policy.stages)

@@ -89,7 +89,8 @@ class TransferClassifier(InitArgsMixin, StagesMixin, OptimizationMixin, Evaluati
             raise ValueError(f"num_classes is {num_classes}; a classifier needs at least 2")
         if not 0 < lr < math.inf:
             raise ValueError(f"lr is {lr}; it must be above 0 and finite")
-        # Up to 1.5 times faster convolutions: https://docs.pytorch.org/tutorials/intermediate/memory_format_tutorial.html
+        # Convolutions are up to 1.5 times faster in this layout:
+        # https://docs.pytorch.org/tutorials/intermediate/memory_format_tutorial.html
         self.backbone = backbone.to(memory_format=torch.channels_last)
         self.num_classes = num_classes
         self.class_names = None if class_names is None else tuple(class_names)

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from tl_lightning.backbones import Backbone
 from tl_lightning.batch import PADDING, Batch, ImageSource
 from tl_lightning.heads import ClosedFormHead, HeadCallable, LogisticRegressionHead
+from tl_lightning.lightning_fixes.checks import callbacks_of
 from tl_lightning.modules.base import TransferClassifier
 from tl_lightning.utils.seeding import derive_seed, run_seed
 
@@ -77,12 +78,12 @@ class FeatureCacheClassifier(TransferClassifier):
             )
         self.trainer.fit_loop.max_epochs = 1
         self._seen.clear()
-        if any(isinstance(callback, WeightAveraging) for callback in self.trainer.callbacks):  # type: ignore[attr-defined]  # Lightning's own list
+        if any(isinstance(callback, WeightAveraging) for callback in callbacks_of(self.trainer)):
             raise ValueError(
                 "the head is solved for in one step, so there are no weights to average: leave the callback out"
             )
 
-    def training_step(self, batch: Batch, batch_idx: int) -> None:  # type: ignore[override]  # there is no loss to minimise
+    def training_step(self, batch: Batch, batch_idx: int) -> None:  # type: ignore[override]  # there is no loss
         """Collect features, and solve at the last batch."""
         with torch.no_grad():
             features = self.features_from(batch.inputs, batch.boundary)
