@@ -6,14 +6,13 @@ from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BaseFinetuning, EarlyStopping
-from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
-from torch.distributed.fsdp import FSDPModule
-from torch.nn.parallel import DistributedDataParallel
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
 from tl_lightning.freezing import HEAD
+from tl_lightning.lightning_fixes.ddp_rewrap import rewrap_after_unfreezing
 from tl_lightning.modules import FrozenGuard, StageSchedule, TransferClassifier
 from tl_lightning.optim import stage_of_group
 
@@ -207,17 +206,8 @@ class StagedUnfreezing(BaseFinetuning, StageSchedule):
         for callback in trainer.callbacks:  # type: ignore[attr-defined]  # Lightning's own list
             if isinstance(callback, FrozenGuard):
                 callback.end_stage(trainer, pl_module)
-        if isinstance(trainer.strategy, ModelParallelStrategy):
-            for module in pl_module.modules():
-                if isinstance(module, FSDPModule):
-                    module.reshard()  # until then, parameters() gives temporary views with a requires_grad of their own
-        self.finetune_function(pl_module, trainer.current_epoch, None)
-        strategy = trainer.strategy
-        if isinstance(strategy, DDPStrategy) and isinstance(strategy.model, DistributedDataParallel):
-            # DDP reduces only parameters that required a gradient when it wrapped the module:
-            # https://github.com/Lightning-AI/pytorch-lightning/issues/20340
-            strategy.model = pl_module
-            strategy.configure_ddp()
+        with rewrap_after_unfreezing(trainer, pl_module):
+            self.finetune_function(pl_module, trainer.current_epoch, None)
 
     def _scale_lrs(self, trainer: Trainer, classifier: LightningModule, optimizer: Optimizer) -> None:
         assert isinstance(classifier, TransferClassifier)  # noqa: S101 - setup has checked this
