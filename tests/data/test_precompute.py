@@ -110,7 +110,7 @@ def test_data_root_is_answered_with_data_images_root(
 ) -> None:
     with pytest.raises(SystemExit):
         main([command, *TINY, f"--data.root={photos}"])
-    assert "The images in it have 'root': --data.images.root" in capsys.readouterr().err
+    assert "Its images have 'root': use --data.images.root" in capsys.readouterr().err
 
 
 def extract_on_ranks(world: int, photos: str, folder: str) -> int:
