@@ -1,7 +1,7 @@
 """Checks of classifier, data and trainer that Lightning does not make.
 
-Lightning's own checks (trainer/configuration_validator.py) let a run start whose callbacks monitor unknown scores, change
-the accumulation, or recompute batch norm statistics of frozen layers, and whose ranks resume from different checkpoints:
+Its own checks let a run start whose callbacks monitor unknown scores, change the accumulation, or recompute batch norm
+statistics of frozen layers, and whose ranks resume from different checkpoints:
 https://github.com/Lightning-AI/pytorch-lightning/blob/master/src/lightning/pytorch/trainer/configuration_validator.py.
 Needed for Lightning 2.6. A function can be deleted when Lightning raises the error by itself.
 """
