@@ -1,21 +1,22 @@
-"""Imports go one way, and what computes is plain torch."""
+"""Imports go one way, the computing parts are plain torch, and the map of the package is complete."""
 
+import pkgutil
+import re
 import subprocess
 import sys
 from pathlib import Path
 
+import tl_lightning
+
 ROOT = Path(__file__).parents[1]
 
-BLOCKED = """
+WITHOUT_LIGHTNING = """
 import sys
-for name in ("lightning", "pytorch_lightning", "lightning_fabric", "lightning_utilities", "torchmetrics", "jsonargparse"):
+for name in "lightning pytorch_lightning lightning_fabric lightning_utilities torchmetrics jsonargparse".split():
     sys.modules[name] = None
 import tl_lightning
-from tl_lightning import batch, features, freezing, heads, images, optim, transforms
-from tl_lightning.utils import seeding
-from tl_lightning.utils import serialization
-from tl_lightning.utils import memory
-from tl_lightning.utils import messages
+from tl_lightning import batch, evaluation, features, freezing, heads, images, optim, transforms
+from tl_lightning.utils import console, distributed, hashing, memory, messages, paths, seeding, serialization
 from tl_lightning.backbones import EfficientNetLite, TimmBackbone, TorchvisionBackbone
 import torch
 backbone = TorchvisionBackbone("resnet18", weights=None).eval()
@@ -25,13 +26,20 @@ print(tuple(heads.LinearHead(backbone.feature_dim, 3)(backbone(torch.zeros(2, 3,
 
 
 def test_lower_layers_import_and_run_without_lightning() -> None:
-    done = subprocess.run([sys.executable, "-c", BLOCKED], capture_output=True, text=True, check=False, cwd=ROOT)  # noqa: S603
+    command = [sys.executable, "-c", WITHOUT_LIGHTNING]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)  # noqa: S603 - our own words
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "(2, 3)"
 
 
-def test_import_contracts() -> None:
+def test_import_contracts_are_kept() -> None:
     command = [sys.executable, "-c", "from importlinter.cli import lint_imports_command; lint_imports_command()"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)  # noqa: S603
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)  # noqa: S603 - our own words
     assert done.returncode == 0, done.stdout + done.stderr
     assert "0 broken" in done.stdout
+
+
+def test_docstring_of_the_package_names_every_part_of_it() -> None:
+    parts = {module.name for module in pkgutil.iter_modules(tl_lightning.__path__)} - {"__main__"}
+    assert tl_lightning.__doc__ is not None
+    assert set(re.findall(r"^- ``(\w+)``: ", tl_lightning.__doc__, re.MULTILINE)) == parts
