@@ -104,7 +104,7 @@ def test_resumed_run_keeps_its_best_score_its_metrics_and_its_configuration(
     assert (run / "config.yaml").read_text() == config, "a refused run has changed the configuration"
     assert (run / "metrics.csv").read_text().splitlines() == rows
     with (run / "metrics.csv").open("a") as file:
-        file.write(rows[-1][:7])  # as of a run that was killed while it wrote
+        file.write(rows[-1][:7])  # the run was killed while it wrote a row
 
     state = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
     (name,) = [key for key in state["callbacks"] if key.startswith("BestCheckpoint")]

@@ -75,7 +75,7 @@ def hold_file_locks(locks: Sequence[FileLock], activity: str) -> Iterator[None]:
 
     Args:
         locks: The locks, in an order that all runs share, so that two runs cannot wait for each other.
-        activity: What a run does while it holds the locks, for the message.
+        activity: The work under the locks, for the message.
     """
     with ExitStack() as held:
         for lock in locks:

@@ -19,6 +19,6 @@ def fingerprints(tensors: Mapping[str, Tensor]) -> dict[str, str]:
 
 
 def fingerprint(tensors: Mapping[str, Tensor]) -> str:
-    """Return one SHA-256 of tensors, with their names, dtypes and shapes, as of a ``state_dict()``."""
+    """Return one SHA-256 of tensors, with their names, dtypes and shapes; for example of a ``state_dict()``."""
     digests = fingerprints(tensors)
     return hashlib.sha256("\n".join(f"{name} {digest}" for name, digest in digests.items()).encode()).hexdigest()
