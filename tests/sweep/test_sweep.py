@@ -74,16 +74,8 @@ def test_winner_is_saved_tested_once_and_trained_again_by_a_fit(
     assert type(winner) is LinearProbe
     assert winner.lr == float(chosen["lr"])
     images = f"--data.root={photos}"
-    main(
-        [
-            "validate",
-            f"--ckpt_path={best}",
-            images,
-            "--data.val_fraction=0.3",
-            "--data.num_workers=0",
-            "--trainer.accelerator=cpu",
-        ]
-    )
+    scored = [f"--ckpt_path={best}", images, "--data.val_fraction=0.3", "--data.num_workers=0"]
+    main(["validate", *scored, "--trainer.accelerator=cpu"])
     assert f"validation accuracy {float(chosen['accuracy']):.4f}" in said(
         capsys
     )  # the same on images as on cached features
