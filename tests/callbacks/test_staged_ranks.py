@@ -10,8 +10,6 @@ from tests.callbacks.staged_runs import VARIANTS, Double, train
 from tests.ranks import run_on_ranks
 from tests.staged import EPOCHS, TRAINED
 
-pytestmark = pytest.mark.xdist_group("staged ranks")  # on one worker, so that its processes run once
-
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:

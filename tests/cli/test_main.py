@@ -88,7 +88,15 @@ def running(group: int) -> list[str]:
     return found
 
 
-@pytest.mark.parametrize(("devices", "told"), [(1, "group"), (2, "first"), (2, "all"), (2, "group")])
+@pytest.mark.parametrize(
+    ("devices", "told"),
+    [
+        (1, "group"),
+        pytest.param(2, "first", marks=pytest.mark.slow),
+        pytest.param(2, "all", marks=pytest.mark.slow),
+        (2, "group"),
+    ],
+)
 def test_terminated_run_says_how_to_resume(devices: int, told: str, photos: Path, tmp_path: Path) -> None:
     """A cluster tells the first process, or that of each rank, or every process, those that load images included."""
     arguments = [BACKBONE, f"--data.root={photos}", "--trainer.enable_progress_bar=false"]

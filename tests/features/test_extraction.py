@@ -73,6 +73,7 @@ def check_stores(root: Path, cache: Path, expected: dict[str, dict[str, bytes]])
     return all(len(each) for each in found)
 
 
+@pytest.mark.slow
 def test_a_process_killed_at_any_of_twenty_moments_leaves_a_complete_store_or_none(
     root: Path, tmp_path: Path, undisturbed: dict[str, dict[str, bytes]]
 ) -> None:

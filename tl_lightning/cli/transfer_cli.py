@@ -183,8 +183,9 @@ class TransferCLI(LightningCLI):
         folder = None
         if self.subcommand == "extract":
             self.save_config_callback = None
-            kwargs["logger"] = False
-        elif config["logger"] in (None, True, False) and not config["fast_dev_run"]:
+        if self.subcommand == "extract" or config["fast_dev_run"]:
+            kwargs["logger"] = False  # nothing is written
+        elif config["logger"] in (None, True, False):
             folder = self._run_folder(Path(config["default_root_dir"]))
             kwargs["default_root_dir"] = folder
             if config["logger"] is not False:
