@@ -1,14 +1,17 @@
 """Rows that other code or another library computed are never read."""
 
+import functools
 import importlib.metadata
 import json
 import sys
+from collections.abc import Callable
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
+from torch import nn
 
 from tests.doubles import TinyBackbone, image_folder
 from tests.features.images import fill, names_in, store
@@ -34,16 +37,29 @@ class Net(TinyNet):
         return self.scale(super().forward(images)).relu()
 
 class UserBackbone(TracedBackbone):
+    gain = 1.0
+
+    @property
+    def shift(self) -> float:
+        return 0.0
+
+    def amplify(self, features: Tensor, factor: float = 1.0) -> Tensor:
+        return features * factor * self.gain + self.shift
+
     def __init__(self) -> None:
         super().__init__(Net(), "user", TINY)
 
     def forward(self, images: Tensor) -> Tensor:
-        return super().forward(images)
+        output = self.amplify(super().forward(images))
+        return output
 """
 EDITS = {
-    "the class of the backbone": ("return super().forward(images)\n", "return 1 + super().forward(images)\n"),
+    "the class of the backbone": ("return output\n", "return 1 + output\n"),
     "the class of the network": (".relu()", ".sigmoid()"),
     "a layer": ("inputs * 1.0", "inputs * 1.5"),
+    "an attribute of the class": ("gain = 1.0", "gain = 1.5"),
+    "a property": ("return 0.0", "return 0.5"),
+    "a default argument": ("factor: float = 1.0", "factor: float = 1.5"),
 }
 
 
@@ -88,7 +104,7 @@ def test_rows_of_edited_code_are_computed_anew(edit: str, boundary: str, root: P
     edited = user_backbone(folder, NETWORK.replace(old, new))
     other = store(cache, edited, boundary)
     assert describe_gaps(other, names_in(root)) == "the rows cached before differ in code, and are kept"
-    if edit == "the class of the backbone" and boundary == "layer2":
+    if edit not in ("the class of the network", "a layer") and boundary == "layer2":  # an edit of the backbone's class
         with pytest.raises(ValueError, match="UserBackbone computes other features than its stages"):
             fill(root, [other], edited)
         return
@@ -174,3 +190,35 @@ def test_a_store_of_an_older_format_is_passed_over(field: str, root: Path, tmp_p
     assert describe_gaps(made, names_in(root)) == ""
     assert fill(root, [made]).rows == 9
     assert cache_keys_in(cache) == [made.cache_key]
+
+
+@pytest.mark.parametrize("edit", EDITS)
+def test_code_without_source_is_told_apart_by_its_bytecode_and_values(edit: str) -> None:
+    """As in a console or a notebook, whose classes have no file."""
+
+    def key_of(text: str) -> CacheKey:
+        namespace = {"__name__": "__main__"}
+        exec(text, namespace)  # noqa: S102 - the text above
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            backbone = namespace["UserBackbone"]()  # type: ignore[operator]  # a class
+        return cache_key_of(backbone, "head", background=(255, 255, 255))
+
+    assert key_of(NETWORK) == key_of(NETWORK)
+    assert key_of(NETWORK.replace(*EDITS[edit])) != key_of(NETWORK)
+
+
+@pytest.mark.parametrize(
+    "make", [lambda f: functools.partial(_scale, factor=f), lambda f: lambda m, i, o: _scale(m, i, o, f)]
+)
+def test_hooks_with_other_values_have_another_key(make: Callable[[float], Callable[..., torch.Tensor]]) -> None:
+    keys = []
+    for factor in (1.0, 2.0, 2.0):
+        backbone = TinyBackbone()
+        backbone.model.register_forward_hook(make(factor))
+        keys.append(cache_key_of(backbone, "head", background=(255, 255, 255)))
+    assert keys[0] != keys[1] == keys[2]
+
+
+def _scale(module: nn.Module, inputs: object, output: torch.Tensor, factor: float) -> torch.Tensor:
+    return output * factor
