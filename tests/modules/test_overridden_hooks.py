@@ -118,6 +118,7 @@ class EarlyModules(LinearProbe):
         self.reduce = nn.Linear(24, width)
         self.temperature = nn.Parameter(torch.ones(1))
         self.register_buffer("shift", torch.zeros(width))
+        self.strict_loading = False
         super().__init__(backbone, num_classes, lr=0.01)
         self.late = nn.Linear(num_classes, num_classes)
 
@@ -135,6 +136,7 @@ def test_modules_set_before_and_after_super_init_train_and_are_restored(photos: 
     names = set(before)
     assert {"reduce.weight", "temperature", "late.weight"} <= names
     assert "shift" in dict(model.named_buffers())
+    assert model.strict_loading is False
     run = trainer(tmp_path, max_epochs=1)
     run.fit(model, images(photos))
     for name in ("reduce.weight", "temperature", "late.weight"):
@@ -143,3 +145,42 @@ def test_modules_set_before_and_after_super_init_train_and_are_restored(photos: 
     loaded = TransferClassifier.load_from_checkpoint(tmp_path / "saved.ckpt")
     assert type(loaded) is EarlyModules
     assert fingerprint(loaded.state_dict()) == fingerprint(model.state_dict())
+
+
+class Student(pl.LightningModule):
+    """A plain module that has a classifier inside, as the teacher of a distillation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.teacher = LinearProbe(TinyBackbone(), num_classes=3)
+        self.head = nn.Linear(3, 3)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return nn.functional.cross_entropy(self.head(self.teacher(batch.inputs)), batch.target)
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        """Nothing is scored."""
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.head.parameters(), lr=0.1)
+
+
+def test_a_plain_module_may_hold_a_classifier(photos: Path, tmp_path: Path) -> None:
+    run = trainer(tmp_path, max_epochs=1, limit_val_batches=0)
+    run.fit(Student(), images(photos))
+    assert "ExactResume" not in [type(callback).__name__ for callback in run.callbacks]  # type: ignore[attr-defined]
+
+
+def test_a_trainer_of_a_classifier_refuses_a_plain_module(photos: Path, tmp_path: Path) -> None:
+    run = trainer(tmp_path, max_epochs=1, limit_val_batches=0)
+    run.fit(LinearProbe(TinyBackbone(), num_classes=3), images(photos))
+    with pytest.raises(TypeError, match="make a new trainer"):
+        run.fit(Student(), images(photos))
+
+
+def test_the_base_class_trains_from_a_boundary_by_itself(photos: Path, tmp_path: Path) -> None:
+    model = TransferClassifier(TinyBackbone(), num_classes=3, unfreeze_from=1, lr=0.01)
+    assert model.learning_rates() == {"head": 0.01, "layer3": 0.001}
+    before = fingerprint(model.backbone.state_dict())
+    trainer(tmp_path, max_epochs=1).fit(model, images(photos))
+    assert fingerprint(model.backbone.state_dict()) != before

@@ -39,8 +39,8 @@ def check_finite(features: Tensor) -> None:
     bad = int((~features.isfinite().all(1)).sum())
     if bad:
         raise ValueError(
-            f"{bad:,} of {len(features):,} training images have features that are not finite, so logistic regression "
-            "cannot be solved: check the backbone's weights and these images, or compute the features with precision "
+            f"{bad:,} of {len(features):,} training images have features that are not finite, so no head "
+            "can be solved for: check the backbone's weights and these images, or compute the features with precision "
             "32-true and dtype float32"
         )
 

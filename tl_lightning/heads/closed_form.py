@@ -132,8 +132,9 @@ class ClassMeanHead(LinearHead, ClosedFormHead):
             The number of means.
 
         Raises:
-            ValueError: Some class has no images.
+            ValueError: Some class has no images, or some features are not finite.
         """
+        check_finite(features)
         standardized = _fit_standardize(self.standardize, features)
         counts = _count_per_class(target, self.linear.out_features)
         means = torch.zeros_like(self.linear.weight).index_add_(0, target, standardized.to(self.linear.weight))
@@ -187,7 +188,11 @@ class NearestNeighbourHead(ClosedFormHead):
 
         Returns:
             The number of images, and how many of them vote.
+
+        Raises:
+            ValueError: Some features are not finite.
         """
+        check_finite(features)
         self.bank = nn.functional.normalize(features)
         self.labels = target.clone()
         return f"{len(features):,} images stored, and the {min(self.neighbours, len(features))} nearest vote"

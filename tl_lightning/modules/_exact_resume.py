@@ -17,6 +17,7 @@ from tl_lightning.lightning_fixes.sigterm import SigtermHandler, ends_together
 from tl_lightning.lightning_fixes.step_boundary import StepBoundary, finish_epoch
 from tl_lightning.modules import checkpoint as checkpoints
 from tl_lightning.modules._frozen_guard import FrozenGuard
+from tl_lightning.modules._stages import StagesMixin
 from tl_lightning.utils.distributed import all_gather_object
 from tl_lightning.utils.memory import keep_freed_memory
 from tl_lightning.utils.seeding import run_seed, seed_torch
@@ -78,7 +79,7 @@ class ExactResume(Callback):
         """Start a new epoch, or continue the resumed one."""
         classifier = _classifier(pl_module)
         classifier.check_resumed_optimizer()
-        if self._boundary.resume(trainer, classifier.train_loss):
+        if self._boundary.resume(trainer, classifier.train_loss) and bool(classifier.train_loss.count):
             classifier.train_loss.update(torch.zeros((), device=classifier.device), 0)
             classifier.log_train_loss()  # no batch is left in this epoch to log it
 
@@ -140,4 +141,9 @@ def _set_callbacks(trainer: Trainer, callbacks: list[Callback]) -> None:
 
 
 def _classifier(module: LightningModule) -> TransferClassifier:
-    return cast("TransferClassifier", module)  # a TransferClassifier has attached this callback
+    if not isinstance(module, StagesMixin):
+        raise TypeError(
+            f"this trainer has trained a TransferClassifier, whose callbacks cannot run a {type(module).__name__}: "
+            "make a new trainer"
+        )
+    return cast("TransferClassifier", module)  # only a TransferClassifier attaches this callback

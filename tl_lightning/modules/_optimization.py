@@ -15,6 +15,9 @@ from tl_lightning.backbones import Backbone
 from tl_lightning.freezing import HEAD, FreezePolicy
 from tl_lightning.lightning_fixes.plateau import NEVER
 
+HEAD_TO_BACKBONE = 10
+"""Ratio of the head's learning rate to that of the last stage, where no rate is given for the backbone."""
+
 _OF_STATE = {"differentiable"}  # torch adds it to any optimizer that loads a state, but not to its groups
 
 
@@ -41,7 +44,8 @@ class OptimizationMixin(LightningModule):
 
     def learning_rates(self) -> dict[str, float]:
         """Return the learning rate, per optimizer step, of the head and of each stage that may ever train."""
-        return {HEAD: self.lr}
+        stages = reversed(self.freeze_policy.unfreezable)
+        return {HEAD: self.lr} | dict.fromkeys(stages, self.lr / HEAD_TO_BACKBONE)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Return the optimizer's groups: all parameters that may ever train, each in exactly one group.

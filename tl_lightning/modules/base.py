@@ -29,9 +29,6 @@ from tl_lightning.modules._stages import StagesMixin, head_name, is_map_head
 from tl_lightning.modules.auxiliary import AuxiliaryHeads
 from tl_lightning.utils.serialization import InitArgsMixin, as_factory
 
-_REGISTERED = ("_parameters", "_buffers", "_non_persistent_buffers_set", "_modules")
-"""Attributes in which torch registers the parts of a module."""
-
 
 class TransferClassifier(InitArgsMixin, StagesMixin, OptimizationMixin, EvaluationMixin):
     """Train a head, and the backbone from a boundary on; everything before the boundary is frozen.
@@ -39,6 +36,7 @@ class TransferClassifier(InitArgsMixin, StagesMixin, OptimizationMixin, Evaluati
     The strategies are subclasses. A research subclass overrides one of :meth:`build_head`, :meth:`compute_loss`,
     :meth:`build_metrics`, :meth:`stages_from`, :meth:`learning_rates` or :meth:`parameter_groups`. It may override any
     hook of Lightning without calling ``super()``: a resumed run stays exact, because the bookkeeping is a callback.
+    Only checkpoints of weights alone need ``super().on_save_checkpoint()``, since Lightning asks no callback for them.
 
     A subclass may set attributes, modules included, before or after ``super().__init__()``. Attributes that
     :meth:`build_head` or :meth:`build_metrics` use come before it, because ``super().__init__()`` calls these methods.
@@ -82,9 +80,9 @@ class TransferClassifier(InitArgsMixin, StagesMixin, OptimizationMixin, Evaluati
         unfreeze_from: str | int = HEAD,
         train_bn: bool = False,
     ) -> None:
-        early = {name: vars(self)[name] for name in _REGISTERED}
+        early = dict(vars(self))  # attributes and modules that a subclass has set
         super().__init__()
-        vars(self).update(early)  # nn.Module.__init__ has emptied them
+        vars(self).update(early)
         if num_classes < 2:
             raise ValueError(f"num_classes is {num_classes}; a classifier needs at least 2")
         if not 0 < lr < math.inf:
@@ -106,7 +104,7 @@ class TransferClassifier(InitArgsMixin, StagesMixin, OptimizationMixin, Evaluati
 
         self.head_factory = as_factory(head or LinearHead) or head or LinearHead
         self.on_map = is_map_head(self.head_factory)
-        if self.on_map and unfreeze_from != HEAD:
+        if self.on_map and unfreeze_from not in (0, "0", HEAD):
             raise ValueError(
                 f"{head_name(self.head_factory)} takes the spatial map, but {type(self).__name__} trains on pooled "
                 "features; use it with CustomHeadClassifier, or choose a head on pooled features"
@@ -156,7 +154,7 @@ class TransferClassifier(InitArgsMixin, StagesMixin, OptimizationMixin, Evaluati
     def trainer(self, trainer: Trainer | None) -> None:
         """Add the callbacks that every run needs to the trainer."""
         super(TransferClassifier, type(self)).trainer.fset(self, trainer)  # type: ignore[attr-defined]  # a property
-        if trainer is not None:
+        if trainer is not None and trainer.lightning_module is self:  # and not part of another module
             attach_callbacks(trainer)
 
     def configure_model(self) -> None:

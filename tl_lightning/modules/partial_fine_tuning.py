@@ -9,10 +9,8 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from tl_lightning.backbones import Backbone
 from tl_lightning.freezing import HEAD
 from tl_lightning.heads import HeadCallable
+from tl_lightning.modules._optimization import HEAD_TO_BACKBONE
 from tl_lightning.modules.base import TransferClassifier
-
-HEAD_TO_BACKBONE = 10
-"""Ratio of the head's learning rate to that of the last stage, where ``backbone_lr`` is not given."""
 
 
 class PartialFineTuning(TransferClassifier):
