@@ -10,6 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+import yaml
 
 import tl_lightning
 from tests.cli.runs import BACKBONE
@@ -49,8 +50,10 @@ def test_parser_knows_the_version_too(capsys: pytest.CaptureFixture[str]) -> Non
     assert capsys.readouterr().out == f"tl-lightning {tl_lightning.__version__}\n"
 
 
-def test_installed_metadata_has_the_same_version() -> None:
+def test_installed_metadata_and_the_citation_have_the_same_version() -> None:
     assert version("tl_lightning") == tl_lightning.__version__
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert str(citation["version"]) == tl_lightning.__version__
 
 
 @pytest.mark.parametrize("arguments", [[], ["fit", "--maxepochs=3"], ["fit", "--data.root=nowhere", BACKBONE]])
