@@ -1,4 +1,4 @@
-"""Docstrings and comments use plain words: "what" as a noun makes a sentence a riddle."""
+"""Docstrings and comments use plain words: the pronoun counted here makes a sentence a riddle."""
 
 import ast
 import re
@@ -19,7 +19,7 @@ def prose(file: Path) -> Iterator[str]:
 
 
 def count_words(folder: str) -> tuple[int, int]:
-    """Return how many words the docstrings and comments of a folder have, and how many of them are "what"."""
+    """Return how many words the docstrings and comments of a folder have, and how often the pronoun is among them."""
     words = [
         word.lower()
         for file in sorted((ROOT / folder).rglob("*.py"))
