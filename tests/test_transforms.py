@@ -79,14 +79,14 @@ def test_flip_option_decides_on_the_flips(flip: Any, seen: int) -> None:
 @pytest.mark.parametrize("min_crop", [0.1, 0.8, 1.0])
 def test_crops_keep_at_least_their_share_of_the_area(min_crop: float) -> None:
     """Each pixel holds its column number (its row number in channel 1), so the range of a crop shows its size."""
-    columns = torch.arange(200, dtype=torch.uint8).expand(200, 200)
+    columns = torch.arange(100, dtype=torch.uint8).expand(100, 100)
     image = torch.stack([columns, columns.T, columns])
-    transform = train_transform(Preprocessing(200, 200, mean=(0, 0, 0), std=(1, 1, 1)), "none", min_crop)
+    transform = train_transform(Preprocessing(100, 100, mean=(0, 0, 0), std=(1, 1, 1)), "none", min_crop)
     shares = []
     for _ in range(60):
         out = 255 * transform(image)
         width, height = (float(out[channel].max() - out[channel].min()) + 1 for channel in (0, 1))
-        shares.append(width * height / 200**2)
+        shares.append(width * height / 100**2)
     assert min(shares) >= min_crop - 0.03
     assert min(shares) <= min_crop + 0.2
 

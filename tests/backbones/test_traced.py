@@ -13,7 +13,7 @@ from tl_lightning.backbones import Backbone, TimmBackbone, TorchvisionBackbone, 
 TORCHVISION = {
     "resnet18": 512,
     "resnet50": 2048,
-    "vgg16_bn": 4096,
+    "vgg11_bn": 4096,
     "densenet121": 1024,
     "inception_v3": 2048,
     "googlenet": 1024,
@@ -27,7 +27,7 @@ TORCHVISION = {
     "squeezenet1_0": 512,
     "mnasnet1_0": 1280,
     "alexnet": 4096,
-    "vit_b_16": 768,
+    "vit_b_32": 768,
     "swin_t": 768,
     "maxvit_t": 512,
 }
@@ -44,6 +44,16 @@ TIMM = {
     "eva02_tiny_patch14_224": 192,  # a constant (rotary embedding) goes to all blocks
     "deit_tiny_distilled_patch16_224": 192,  # two class tokens
 }
+SIZES: dict[str, int | None] = {
+    "alexnet": 128,
+    "inception_v3": 128,
+    "vit_b_32": None,  # takes images of 224 pixels only, as does the next
+    "maxvit_t": None,
+    "swin_tiny_patch4_window7_224": 112,
+    "eva02_tiny_patch14_224": 84,
+}
+"""Image sizes that keep a map of several places before the pooling; other networks do so with ``SMALL``."""
+SMALL = 64
 
 
 def check_cuts(backbone: Backbone, feature_dim: int) -> None:
@@ -66,29 +76,35 @@ def check_cuts(backbone: Backbone, feature_dim: int) -> None:
 
 @pytest.mark.parametrize("name", TORCHVISION)
 def test_torchvision_model_is_cut_exactly(name: str) -> None:
-    check_cuts(TorchvisionBackbone(name, weights=None), TORCHVISION[name])
+    check_cuts(TorchvisionBackbone(name, weights=None, image_size=SIZES.get(name, SMALL)), TORCHVISION[name])
 
 
 @pytest.mark.parametrize("name", TIMM)
 def test_timm_model_is_cut_exactly(name: str) -> None:
-    check_cuts(TimmBackbone(name, weights=None), TIMM[name])
+    check_cuts(TimmBackbone(name, weights=None, image_size=SIZES.get(name, SMALL)), TIMM[name])
 
 
 def test_resnet_stages_have_the_usual_names() -> None:
-    assert TorchvisionBackbone("resnet50", weights=None).stages == ("stem", "layer1", "layer2", "layer3", "layer4")
+    assert TorchvisionBackbone("resnet50", weights=None, image_size=SMALL).stages == (
+        "stem",
+        "layer1",
+        "layer2",
+        "layer3",
+        "layer4",
+    )
 
 
 def test_vit_blocks_are_stages() -> None:
     expected = ("stem", *(f"blocks.{i}" for i in range(12)))
-    assert TimmBackbone("vit_tiny_patch16_224", weights=None).stages == expected
+    assert TimmBackbone("vit_tiny_patch16_224", weights=None, image_size=SMALL).stages == expected
 
 
 def test_deep_resnet_is_not_cut_into_blocks() -> None:
-    assert len(TorchvisionBackbone("resnet152", weights=None).stages) == 5
+    assert len(TorchvisionBackbone("resnet152", weights=None, image_size=SMALL).stages) == 5
 
 
 def test_prefix_and_suffix_list_their_own_parameters_alone() -> None:
-    backbone = TorchvisionBackbone("vit_b_16", weights=None)
+    backbone = TorchvisionBackbone("vit_b_32", weights=None)
     prefix, suffix = backbone.split("encoder.layers.encoder_layer_7")
     own = {id(p) for p in backbone.parameters()}
     first, second = ({id(p) for p in part.parameters()} for part in (prefix, suffix))
@@ -153,7 +169,7 @@ def test_network_that_cannot_be_cut_works_as_a_whole_and_says_why(net: nn.Module
 
 def test_unknown_stage_lists_the_known_ones() -> None:
     with pytest.raises(ValueError, match=r"unknown stage 'layer5'; did you mean 'layer.*resnet18 has stem, layer1"):
-        TorchvisionBackbone("resnet18", weights=None).split("layer5")
+        TorchvisionBackbone("resnet18", weights=None, image_size=SMALL).split("layer5")
 
 
 def test_network_without_pooled_output_is_refused() -> None:

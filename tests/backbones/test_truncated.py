@@ -34,12 +34,11 @@ def test_features_are_the_mean_of_the_activations_before_the_stage() -> None:
 @pytest.mark.parametrize(
     ("whole", "before", "feature_dim"),
     [
-        (lambda: TorchvisionBackbone("resnet18", weights=None), "layer4", 256),
-        (lambda: TorchvisionBackbone("mobilenet_v2", weights=None), "features.14", 96),
-        (lambda: TorchvisionBackbone("vgg16_bn", weights=None), "classifier.3", 4096),
-        (lambda: TorchvisionBackbone("swin_t", weights=None), "features.7", 768),  # (N, h, w, C)
-        (lambda: TimmBackbone("test_vit", weights=None), "blocks.5", 64),  # (N, T, C)
-        (lambda: TimmBackbone("deit_tiny_distilled_patch16_224", weights=None), "blocks.6", 192),
+        (lambda: TorchvisionBackbone("mobilenet_v2", weights=None, image_size=64), "features.14", 96),
+        (lambda: TorchvisionBackbone("vgg11_bn", weights=None, image_size=64), "classifier.3", 4096),
+        (lambda: TorchvisionBackbone("swin_t", weights=None, image_size=64), "features.7", 768),  # (N, h, w, C)
+        (lambda: TimmBackbone("test_vit", weights=None, image_size=64), "blocks.5", 64),  # (N, T, C)
+        (lambda: TimmBackbone("deit_tiny_distilled_patch16_224", weights=None, image_size=64), "blocks.6", 192),
     ],
 )
 def test_truncation_works_for_maps_tokens_and_vectors(whole: object, before: str, feature_dim: int) -> None:
@@ -56,7 +55,7 @@ def test_truncation_works_for_maps_tokens_and_vectors(whole: object, before: str
 
 
 def test_class_tokens_are_left_out_of_the_mean() -> None:
-    backbone = TimmBackbone("deit_tiny_distilled_patch16_224", weights=None).eval()  # two class tokens
+    backbone = TimmBackbone("deit_tiny_distilled_patch16_224", weights=None, image_size=64).eval()  # two class tokens
     early = TruncatedBackbone(backbone, "blocks.6").eval()
     images = images_for(backbone)
     with torch.no_grad():

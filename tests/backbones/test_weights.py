@@ -31,21 +31,18 @@ def test_pth_and_safetensors_load_with_and_without_classifier(
     torch.save({"state_dict": {f"module.{k}": v for k, v in other_classes.items()}}, tmp_path / "wrapped.pth")
     save_file(published, tmp_path / "whole.safetensors")
     for name in ("whole.pth", "features.pt", "wrapped.pth", "whole.safetensors"):
-        assert same(TorchvisionBackbone("resnet18", weights=str(tmp_path / name)), published), name
+        assert same(TorchvisionBackbone("resnet18", str(tmp_path / name), image_size=64), published), name
 
 
-def test_auxiliary_heads_of_inception_are_loaded_and_detached(tmp_path: Path) -> None:
+def test_auxiliary_heads_are_loaded_and_detached(tmp_path: Path) -> None:
     net = torchvision.models.inception_v3(weights=None, init_weights=False)
     torch.save(net.state_dict(), tmp_path / "inception.pth")
-    backbone = TorchvisionBackbone("inception_v3", weights=str(tmp_path / "inception.pth"))
+    backbone = TorchvisionBackbone("inception_v3", weights=str(tmp_path / "inception.pth"), image_size=96)
     loaded, saved = backbone.auxiliary["AuxLogits"].state_dict(), net.AuxLogits.state_dict()
     assert torch.equal(loaded["conv0.conv.weight"], saved["conv0.conv.weight"])
-    assert backbone.train()(torch.randn(2, 3, 299, 299)).shape == (2, 2048)
-    assert set(TorchvisionBackbone("googlenet", weights=None).auxiliary) == {"aux1", "aux2"}
-
-
-def test_inception_normalises_its_input_alike_with_and_without_published_weights() -> None:
-    assert TorchvisionBackbone("inception_v3", weights=None).model.transform_input
+    assert backbone.train()(torch.randn(2, 3, 96, 96)).shape == (2, 2048)
+    assert backbone.model.transform_input, "the input is normalised as with the published weights"
+    assert set(TorchvisionBackbone("googlenet", weights=None, image_size=64).auxiliary) == {"aux1", "aux2"}
 
 
 @pytest.mark.parametrize(
@@ -133,8 +130,8 @@ def test_enum_member_gives_weights_and_preprocessing(
 
 
 def test_timm_tag_selects_the_preprocessing() -> None:
-    assert TimmBackbone("resnet50.tv2_in1k", weights=None).preprocessing[:2] == (201, 176)
-    assert TimmBackbone("resnet50", weights=None).preprocessing.size == 235  # 224 / 0.95, rounded down
+    assert TimmBackbone("resnet18.tv_in1k", weights=None).preprocessing[:3] == (256, 224, "bilinear")
+    assert TimmBackbone("resnet18", weights=None).preprocessing[:3] == (235, 224, "bicubic")  # 224 / 0.95, rounded down
 
 
 def test_efficientnet_lite_has_real_weights() -> None:
@@ -178,14 +175,14 @@ def _absent(package: str, monkeypatch: pytest.MonkeyPatch) -> bool:
 def test_network_sees_the_given_image_size() -> None:
     expected = TorchvisionBackbone("resnet18", weights=None).preprocessing._replace(size=96, crop=96)
     assert TorchvisionBackbone("resnet18", weights=None, image_size=96).preprocessing == expected
-    assert EfficientNetLite(image_size=320).preprocessing[:2] == (320, 320)
+    assert EfficientNetLite(weights=None, image_size=96).preprocessing[:2] == (96, 96)
     for name in ("test_resnet", "test_vit"):  # one that takes any size, and one that is built for a size
         backbone = TimmBackbone(name, weights=None, image_size=96)
         assert backbone.preprocessing[:2] == (96, 96)
         assert backbone(torch.rand(2, 3, 96, 96)).shape == (2, backbone.feature_dim)
     for wrong in (0, -1):
         with pytest.raises(ValueError, match="image_size"):
-            EfficientNetLite(image_size=wrong)
+            EfficientNetLite(weights=None, image_size=wrong)
     for name in ("vit_b_32", "maxvit_t"):
         with pytest.raises(ValueError, match=f"{name} takes no images of 96 pixels .*TimmBackbone"):
             TorchvisionBackbone(name, weights=None, image_size=96)

@@ -313,6 +313,12 @@ def fit_on(module: pl.LightningDataModule, folder: Path) -> Path:
     return folder / "a.ckpt"
 
 
+@pytest.fixture(scope="module")
+def checkpoint(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A classifier that was trained on ``photos``, split by seed 1."""
+    return trained(photos, tmp_path_factory.mktemp("trained"), seed=1)
+
+
 def run_test(checkpoint: Path, module: pl.LightningDataModule) -> None:
     trainer = pl.Trainer(logger=False, enable_progress_bar=False, enable_checkpointing=False)
     trainer.test(LinearProbe(TinyBackbone(), num_classes=3), module, ckpt_path=checkpoint, verbose=False)
@@ -334,8 +340,7 @@ def test_interrupted_resume_leaves_no_workers_and_no_position(photos: Path, tmp_
     assert set(multiprocessing.active_children()) <= others
 
 
-def test_testing_on_training_images_is_refused(photos: Path, tmp_path: Path) -> None:
-    checkpoint = trained(photos, tmp_path, seed=1)
+def test_testing_on_training_images_is_refused(photos: Path, checkpoint: Path) -> None:
     run_test(checkpoint, data(photos, seed=1))
     with pytest.raises(ValueError, match="count as unseen: the split was drawn from seed 1 then and from seed 2 now"):
         run_test(checkpoint, data(photos, seed=2))
@@ -358,18 +363,17 @@ def test_data_module_survives_pickling(photos: Path) -> None:
     assert pickle.loads(pickle.dumps(module)).splits == module.splits  # noqa: S301 - our own
 
 
-def test_training_images_are_recognised_in_other_data_modules(photos: Path, tmp_path: Path) -> None:
+def test_training_images_are_recognised_in_other_data_modules(photos: Path, checkpoint: Path, tmp_path: Path) -> None:
     class Mine(ImageFolderDataModule):
         pass
 
     stored = CachedFeaturesDataModule(data(photos, seed=1), cache_dir=str(tmp_path / "features"))
-    (tmp_path / "stored").mkdir()
-    for checkpoint in (trained(photos, tmp_path, seed=1), fit_on(stored, tmp_path / "stored")):
+    for each in (checkpoint, fit_on(stored, tmp_path)):
         for serves in (ImageFolderDataModule, Mine):
-            run_test(checkpoint, serves(str(photos), preprocessing=TINY, seed=1))
+            run_test(each, serves(str(photos), preprocessing=TINY, seed=1))
             with pytest.raises(ValueError, match="would count as unseen: the split was drawn from seed 1"):
-                run_test(checkpoint, serves(str(photos), preprocessing=TINY, seed=2))
-        run_test(checkpoint, OwnData(photos))
+                run_test(each, serves(str(photos), preprocessing=TINY, seed=2))
+        run_test(each, OwnData(photos))
 
 
 class OwnData(pl.LightningDataModule):
@@ -387,8 +391,9 @@ class OwnData(pl.LightningDataModule):
 
 
 @pytest.mark.parametrize("change", ["removed", "added", "renamed"])
-def test_training_images_are_recognised_after_the_folder_has_changed(change: str, photos: Path, tmp_path: Path) -> None:
-    checkpoint = trained(photos, tmp_path, seed=1)
+def test_training_images_are_recognised_after_the_folder_has_changed(
+    change: str, photos: Path, checkpoint: Path, tmp_path: Path
+) -> None:
     changed = tmp_path / "changed"
     shutil.copytree(photos, changed)
     first = min((changed / "ant").iterdir())
@@ -403,8 +408,7 @@ def test_training_images_are_recognised_after_the_folder_has_changed(change: str
             run_test(checkpoint, data(changed, seed=seed, test_fraction=0.5))
 
 
-def test_copy_of_the_folder_is_recognised(photos: Path, tmp_path: Path) -> None:
-    checkpoint = trained(photos, tmp_path, seed=1)
+def test_copy_of_the_folder_is_recognised(photos: Path, checkpoint: Path, tmp_path: Path) -> None:
     shutil.copytree(photos, tmp_path / "copy")
     run_test(checkpoint, data(tmp_path / "copy", seed=1))
     with pytest.raises(ValueError, match="would count as unseen"):
@@ -431,8 +435,7 @@ def test_testing_on_another_folder_is_allowed(photos: Path, tmp_path: Path) -> N
     run_test(trained(first, tmp_path, seed=1), data(other, seed=2))
 
 
-def test_resuming_on_other_images_is_refused(photos: Path, tmp_path: Path) -> None:
-    checkpoint = trained(photos, tmp_path, seed=1)
+def test_resuming_on_other_images_is_refused(photos: Path, checkpoint: Path) -> None:
     trainer = pl.Trainer(max_epochs=2, logger=False, enable_progress_bar=False, enable_checkpointing=False)
     with pytest.raises(ValueError, match="a resumed run would not be the same run"):
         trainer.fit(LinearProbe(TinyBackbone(), num_classes=3), data(photos, seed=2), ckpt_path=checkpoint)
