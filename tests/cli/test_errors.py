@@ -160,6 +160,24 @@ def test_missing_command_lists_all(capsys: pytest.CaptureFixture[str]) -> None:
     assert "a command is missing: give one of fit, validate, test, predict" in refused(capsys)
 
 
+@pytest.mark.parametrize(
+    ("words", "right"),
+    [
+        (["--config", "quickstart", "fit"], "tl-lightning fit --config quickstart"),
+        (["--trainer.max_epochs=1", "predict"], "tl-lightning predict --trainer.max_epochs=1"),
+        (["--data.root", "photos"], "tl-lightning fit --data.root photos"),
+    ],
+)
+def test_option_before_the_command_shows_the_right_order(
+    words: list[str], right: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert f"{words[0]!r} stands where the command belongs: write {right}\n" in refused(capsys, *words)
+
+
+def test_configuration_without_a_value_is_not_the_next_option(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "--config" in refused(capsys, "fit", "--config", "--print_config")
+
+
 @pytest.mark.parametrize("command", ["test", "validate", "predict"])
 def test_command_without_a_checkpoint_asks_for_one(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     message = refused(capsys, command, "--data.root=x")

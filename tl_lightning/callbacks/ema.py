@@ -18,6 +18,9 @@ class EMA(WeightAveraging):
     Frozen weights are bit-identical in the average. Buffers are copied from the model, because averaging would truncate
     integer buffers. After the fit, the model has the averaged weights.
 
+    Lightning's WeightAveraging has no public names for its average, so this class uses ``_average_model``,
+    ``_copy_average_to_current`` and ``_latest_update_step`` of Lightning 2.6 (the reason for its upper bound).
+
     Example:
         Python: ``Trainer(callbacks=[EMA(decay=0.999)])``.
         Command line: ``--trainer.callbacks+ EMA --trainer.callbacks.decay 0.999``.

@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 from jsonargparse import Namespace
 
-from tl_lightning.cli.options import MODEL_FROM_CONFIG, ON_CACHED_FEATURES
+from tl_lightning.cli.options import MODEL_FROM_CONFIG, ON_CACHED_FEATURES, SUBCOMMANDS
 from tl_lightning.cli.shipped_configs import resolve_config
 
 _DEFAULT_MODEL = ("--backbone=TorchvisionBackbone", "--backbone.name=resnet50", "--model=LinearProbe")
@@ -26,10 +26,18 @@ def prepare_arguments(args: list[str]) -> list[str]:
     because their arguments would remain when the user names another class.
 
     Raises:
-        ValueError: A configuration is named that is neither a file nor shipped with the package.
+        ValueError: An option stands before the command, or a configuration is named that is neither a file nor shipped
+            with the package.
     """
-    if not args or args[0].startswith("-"):
+    if not args or args[0] in ("-h", "--help", "--version"):
         return args
+    if args[0].startswith("-"):
+        command = next((arg for arg in args if arg in SUBCOMMANDS), "fit")
+        others = " ".join(arg for arg in args if arg != command)
+        raise ValueError(
+            f"{args[0]!r} stands where the command belongs: write tl-lightning {command} {others}\n"
+            f"The commands are {', '.join(SUBCOMMANDS)}"
+        )
     subcommand, *rest = args
     files: list[str] = []
     others: list[str] = []
@@ -38,7 +46,7 @@ def prepare_arguments(args: list[str]) -> list[str]:
         match = re.match(r"(-c|--config)(=(.*))?$", arg)
         if match is None:
             others.append(arg)
-        elif match[2] or rest:
+        elif match[2] or (rest and not rest[0].startswith("-")):
             files.append(resolve_config(match[3] if match[2] else rest.pop(0)))
         else:
             others.append(arg)  # the parser reports the missing value

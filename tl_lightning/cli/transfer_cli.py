@@ -40,6 +40,10 @@ class TransferCLI(LightningCLI):
 
     ``fit`` builds the model from the configuration. ``validate``, ``test`` and ``predict`` take model, class names and
     preprocessing from the checkpoint, and only images from the data.
+
+    LightningCLI has no public names for the parts of its parser, so this class overrides ``_add_subcommands``,
+    ``_prepare_subcommand_parser`` and ``_parse_ckpt_path``, and reads ``_parser`` and ``_get``
+    (``lightning/pytorch/cli.py`` of 2.6). pyproject.toml keeps Lightning below the versions that may rename them.
     """
 
     _checkpoint: dict[str, Any] | None = None

@@ -161,6 +161,7 @@ class StagesMixin(LightningModule):
         if self.on_map:
             return {0: MAP}
         schedule: dict[int, str | int] = {0: next(iter(self.freeze_policy.unfreezable), HEAD)}
+        # LightningModule.trainer raises without a trainer; only _trainer can be asked.
         for callback in [] if self._trainer is None else callbacks_of(self.trainer):
             if isinstance(callback, StageSchedule):
                 schedule = {0: HEAD, **callback.schedule}

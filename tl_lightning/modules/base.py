@@ -191,6 +191,7 @@ class TransferClassifier(InitArgsMixin, StagesMixin, OptimizationMixin, Evaluati
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Restore the data module from a checkpoint of weights alone, for which Lightning asks no callback."""
+        # LightningModule.trainer raises without a trainer; only _trainer can be asked.
         if self._trainer is not None and "callbacks" not in checkpoint:
             checks.load_data_state(getattr(self.trainer, "datamodule", None), checkpoint)
 
