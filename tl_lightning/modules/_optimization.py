@@ -69,9 +69,8 @@ class OptimizationMixin(LightningModule):
         """Build the optimizer over named groups, and the schedule.
 
         Raises:
-            ValueError: A checkpoint could not restore this classifier's optimizer, the learning rate is given
-                twice, or the
-                    default schedule has no length.
+            ValueError: A checkpoint could not restore this classifier's optimizer, the learning rate is given twice,
+                or the default schedule has no length.
         """
         if self.left_out:
             raise ValueError(

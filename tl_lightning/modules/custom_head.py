@@ -26,8 +26,7 @@ class CustomHeadClassifier(TransferClassifier):
 
     Raises:
         ValueError: The head is a lambda, a function or a local class, which no checkpoint could restore; or the
-            network has no
-                spatial map for a head that takes one; or see :class:`TransferClassifier`.
+            network has no spatial map for a head that takes one; or see :class:`TransferClassifier`.
     """
 
     def __init__(
