@@ -1,10 +1,12 @@
 """Two ranks give the weights, metrics and predictions of one process."""
 
+import math
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import pytest
+from torch import Tensor
 
 from tests.doubles import TinyBackbone
 from tests.ranks import run_on_ranks
@@ -12,6 +14,15 @@ from tl_lightning.callbacks import PredictionWriter
 from tl_lightning.data import ImageFolderDataModule
 from tl_lightning.modules import LinearProbe
 from tl_lightning.utils.hashing import fingerprint
+
+
+class InfiniteLoss(LinearProbe):
+    """Have an infinite loss on the last rank at step 2, with finite gradients, so that they tell the others nothing."""
+
+    def compute_loss(self, logits: Tensor, target: Tensor) -> Tensor:
+        loss = super().compute_loss(logits, target)
+        here = self.global_rank == self.trainer.world_size - 1 and self.trainer.training and self.global_step == 2
+        return loss + math.inf if here else loss
 
 
 def train_and_score(photos: str, folder: str, world: int) -> dict[str, Any]:
@@ -22,19 +33,19 @@ def train_and_score(photos: str, folder: str, world: int) -> dict[str, Any]:
         photos, batch_size=8 // world, num_workers=0, val_fraction=0.3, preprocessing=backbone.preprocessing
     )
     model = LinearProbe(backbone, num_classes=3, lr=0.05)
-    trainer = pl.Trainer(
-        max_epochs=4,
-        accelerator="cpu",
-        devices=world,
-        strategy="ddp" if world > 1 else "auto",
-        precision="64-true",
-        default_root_dir=folder,
-        callbacks=[PredictionWriter()],
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        enable_checkpointing=False,
-    )
+    options: dict[str, Any] = {
+        "max_epochs": 4,
+        "accelerator": "cpu",
+        "devices": world,
+        "strategy": "ddp" if world > 1 else "auto",
+        "precision": "64-true",
+        "default_root_dir": folder,
+        "logger": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "enable_checkpointing": False,
+    }
+    trainer = pl.Trainer(callbacks=[PredictionWriter()], **options)
     trainer.fit(model, data)
     weights = {name: tensor.flatten().tolist() for name, tensor in model.head.state_dict().items()}
     result = {
@@ -46,7 +57,10 @@ def train_and_score(photos: str, folder: str, world: int) -> dict[str, Any]:
         "test": trainer.test(model, data, verbose=False)[0],
     }
     trainer.predict(model, data, return_predictions=False)
-    return result
+    trainer = pl.Trainer(**options)
+    with pytest.raises(FloatingPointError) as stopped:
+        trainer.fit(InfiniteLoss(backbone, num_classes=3), data)
+    return result | {"stopped": [str(stopped.value), trainer.global_step]}
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +94,14 @@ def test_two_ranks_log_the_metrics_of_one_process_on_sets_of_odd_size(runs: dict
             for name, value in one.items():
                 exact = "loss" not in name
                 assert other[name] == (value if exact else pytest.approx(value, rel=1e-6)), (stage, name)
+
+
+def test_loss_that_is_not_finite_on_one_rank_stops_both_before_the_same_step(runs: dict[int, list[Any]]) -> None:
+    for world, where in ((1, ""), (2, " on rank 1")):
+        for rank in runs[world][:-1]:
+            message, steps = rank["stopped"]
+            assert steps == 2
+            assert f"the loss is inf{where} in epoch 0, at step 2 (learning rates: head " in message
 
 
 def test_two_ranks_predict_the_rows_of_one_process(runs: dict[int, list[Any]]) -> None:

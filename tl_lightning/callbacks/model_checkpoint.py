@@ -58,9 +58,12 @@ class BestCheckpoint(RunCheckpoint):
     _loss = float("inf")
 
     def check_monitor_top_k(self, trainer: Trainer, current: Tensor | None = None) -> bool:
-        """Return whether this epoch is the best so far."""
+        """Return whether this epoch is the best so far; an epoch whose loss or score is not finite never is."""
+        validation_loss = trainer.callback_metrics.get("val_loss")
+        if any(score is not None and not score.isfinite() for score in (current, validation_loss)):
+            return False
         better = super().check_monitor_top_k(trainer, current)
-        loss = float(trainer.callback_metrics.get("val_loss", float("inf")))
+        loss = float("inf") if validation_loss is None else float(validation_loss)
         if not better and current is not None and self.best_model_score is not None:
             tied = bool(current == self.best_model_score) and loss < self._loss
             better = trainer.strategy.reduce_boolean_decision(tied)

@@ -11,6 +11,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerStatus
 
 from tl_lightning.lightning_fixes import checks
+from tl_lightning.lightning_fixes.finite_guard import FiniteGuard
 from tl_lightning.lightning_fixes.model_parallel import configure_strategy, load_optimizer_state
 from tl_lightning.lightning_fixes.plateau import StepOnPlateau
 from tl_lightning.lightning_fixes.sigterm import SigtermHandler, ends_together
@@ -33,7 +34,7 @@ def attach_callbacks(trainer: Trainer) -> None:
     """
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set by Lightning
     present = {type(callback) for callback in callbacks}
-    needed = (FrozenGuard, StepOnPlateau, SigtermHandler, ExactResume)
+    needed = (FrozenGuard, FiniteGuard, StepOnPlateau, SigtermHandler, ExactResume)
     missing: list[Callback] = [callback() for callback in needed if callback not in present]
     if missing:
         _set_callbacks(trainer, callbacks + missing)
