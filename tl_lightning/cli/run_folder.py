@@ -11,7 +11,7 @@ from tl_lightning.modules import checkpoint
 
 _PREFIX = "version_"
 _WITHOUT_RESULTS = re.compile(
-    r"config\.yaml|hparams\.yaml|metrics\.csv|predictions\.csv\.part|events\.out\.tfevents\..*"
+    r"\.lock|config\.yaml|hparams\.yaml|metrics\.csv|predictions\.csv\.part|events\.out\.tfevents\..*"
 )
 _NOT_RESUMABLE = ("best.ckpt", "probe.ckpt")  # copies of an earlier epoch
 

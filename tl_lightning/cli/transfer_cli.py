@@ -27,6 +27,7 @@ from tl_lightning.cli.run_folder import (
     find_resumable_checkpoint,
     remove_run_folder,
 )
+from tl_lightning.cli.run_lock import lock_run_folder, unlock_run_folder
 from tl_lightning.cli.trainer import TransferTrainer
 from tl_lightning.data import images_of
 from tl_lightning.lightning_fixes.metrics_log import CSVRowCount
@@ -50,6 +51,8 @@ class TransferCLI(LightningCLI):
     """The content of the given checkpoint, its tensors mapped, until the trainer reads it."""
     _new_folder: Path | None = None
     """The folder that was created for this run."""
+    _lock: int | None = None
+    """The lock on the folder of a fit."""
 
     def __init__(self, args: ArgsType = None) -> None:
         filter_warnings()
@@ -75,6 +78,8 @@ class TransferCLI(LightningCLI):
             if self._new_folder is not None and not self._has_trained():
                 remove_run_folder(self._new_folder)
             raise
+        finally:
+            unlock_run_folder(self._lock)
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
@@ -201,7 +206,10 @@ class TransferCLI(LightningCLI):
             added += default_checkpoints(folder, self.model, own)
         if config["precision"] is None:
             kwargs["precision"] = default_precision(str(config["accelerator"]))
-        return super().instantiate_trainer(callbacks=own + added, **kwargs)
+        trainer = super().instantiate_trainer(callbacks=own + added, **kwargs)
+        if self.subcommand == "fit" and folder is not None and trainer.is_global_zero:
+            self._lock = lock_run_folder(folder)
+        return trainer
 
     def _run_folder(self, root: Path) -> Path:
         """Return the folder of the resumed run, or create one for a new run."""
