@@ -29,13 +29,15 @@ def lock_run_folder(folder: Path) -> int | None:
     try:
         descriptor = os.open(folder / LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
     except OSError as error:
-        return _warn(folder, error)
+        _warn(folder, error)
+        return None
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         os.close(descriptor)
         if error.errno not in _IN_USE:
-            return _warn(folder, error)
+            _warn(folder, error)
+            return None
         raise RuntimeError(
             f"another run is using {str(folder)!r}: wait until it has ended, or end it; to train beside it, start a "
             "new run without --ckpt_path"
