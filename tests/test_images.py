@@ -1,5 +1,6 @@
 """Image files of every mode and format read as the same pixels as their plain RGB twins."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 from PIL import Image
 
 from tests.doubles import TINY, TinyBackbone
-from tl_lightning.images import ImageError, read_image
+from tl_lightning.images import ImageError, check_header, read_content, read_image
 from tl_lightning.modules import LinearProbe
 from tl_lightning.transforms import eval_transform
 
@@ -129,14 +130,36 @@ def test_background_fills_transparent_parts(tmp_path: Path) -> None:
     assert read_image(tmp_path / "clear.png", (10, 20, 30))[:, 0, 0].tolist() == [10, 20, 30]
 
 
-@pytest.mark.parametrize("content", [b"", b"not an image", b"\x89PNG\r\n\x1a\n broken"])
-def test_unreadable_file_is_named(content: bytes, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"", "it is empty; copy the file again"),
+        (b"not an image", "it is not an image, "),
+        (b"\x89PNG\r\n\x1a\n broken", "it is not an image, "),
+    ],
+)
+def test_unreadable_file_is_named(content: bytes, reason: str, tmp_path: Path) -> None:
     (tmp_path / "bad.png").write_bytes(content)
+    message = rf"cannot read the image '.*bad\.png': {reason}.*or remove it$"
     for given in (None, content):
-        with pytest.raises(
-            ImageError, match=r"cannot read the image '.*bad\.png': it is not an image, .*or remove it$"
-        ):
+        with pytest.raises(ImageError, match=message):
             read_image(tmp_path / "bad.png", content=given)
+    with pytest.raises(ImageError, match=message):
+        check_header(tmp_path / "bad.png")
+
+
+def test_only_regular_files_are_opened(tmp_path: Path) -> None:
+    """A program that reads a FIFO waits until another one writes to it."""
+    os.mkfifo(tmp_path / "pipe.png")
+    for path, kind in ((tmp_path / "pipe.png", "a FIFO"), (Path("/dev/zero"), "a device"), (tmp_path, "a folder")):
+        for read in (read_image, read_content, check_header):
+            with pytest.raises(ImageError, match=f"cannot read the image '{path}': it is {kind}, not a regular file"):
+                read(path)
+
+
+def test_header_of_every_readable_image_is_accepted(tmp_path: Path) -> None:
+    for suffix, make in CASES.values():
+        check_header(save(make()[0], tmp_path / f"image.{suffix}"))
 
 
 def test_missing_file_is_named(tmp_path: Path) -> None:
@@ -153,5 +176,6 @@ def test_truncated_file_is_refused(tmp_path: Path) -> None:
 
 def test_floating_point_image_is_refused_and_another_format_named(tmp_path: Path) -> None:
     Image.fromarray(np.zeros((2, 2), dtype=np.float32)).save(tmp_path / "float.tiff")
-    with pytest.raises(ImageError, match="save it with 8 or 16 bits"):
-        read_image(tmp_path / "float.tiff")
+    for read in (read_image, check_header):
+        with pytest.raises(ImageError, match="save it with 8 or 16 bits"):
+            read(tmp_path / "float.tiff")

@@ -1,8 +1,12 @@
 """Read an image file of any mode as the RGB image that a viewer would show."""
 
 import io
-from collections.abc import Sequence
+import os
+import stat
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import torch
@@ -16,6 +20,14 @@ IMAGE_SUFFIXES = frozenset(
 )
 """Endings, in lower case, of the files that are taken for images."""
 
+_KINDS = {
+    stat.S_IFIFO: "a FIFO",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+    stat.S_IFDIR: "a folder",
+}
+_FLOAT_PIXELS = "its pixels are floating-point numbers of unknown scale; save it with 8 or 16 bits per channel"
 _SIXTEEN_BIT_MODES = ("I;16", "I;16L", "I;16B", "I;16N", "I")
 
 
@@ -39,9 +51,7 @@ def to_rgb(image: Image.Image, background: tuple[int, int, int] = WHITE) -> Imag
     """
     image = ImageOps.exif_transpose(image)
     if image.mode == "F":
-        raise ValueError(
-            "its pixels are floating-point numbers of unknown scale; save it with 8 or 16 bits per channel"
-        )
+        raise ValueError(_FLOAT_PIXELS)
     if image.mode in _SIXTEEN_BIT_MODES:
         wide = np.asarray(image).astype(np.int64).clip(0, 65535)
         narrow = Image.fromarray(((wide + 128) // 257).astype(np.uint8))
@@ -55,16 +65,66 @@ def to_rgb(image: Image.Image, background: tuple[int, int, int] = WHITE) -> Imag
     return image.convert("RGB")
 
 
+def open_file(path: str | Path) -> IO[bytes]:
+    """Open an image file; a FIFO or a device, on which a program may wait for ever, is refused.
+
+    Raises:
+        ImageError: The file cannot be opened, or is no regular file; the message names it.
+    """
+    try:
+        kind = stat.S_IFMT(os.stat(path).st_mode)
+        if kind == stat.S_IFREG:
+            return Path(path).open("rb")
+    except OSError as error:
+        reason = error.strerror or str(error)
+        if os.path.islink(path) and not os.path.exists(path):
+            reason = "the link leads to nothing; remove it, or restore its target"
+        raise ImageError(f"cannot read the image {str(path)!r}: {reason}") from error
+    raise ImageError(
+        f"cannot read the image {str(path)!r}: it is {_KINDS.get(kind, 'a special file')}, not a regular file; "
+        "remove or rename it"
+    )
+
+
 def read_content(path: str | Path) -> bytes:
     """Return the bytes of an image file.
 
     Raises:
-        ImageError: The file cannot be read; the message names it.
+        ImageError: The file cannot be read, or is no regular file; the message names it.
     """
+    with open_file(path) as file:
+        try:
+            return file.read()
+        except OSError as error:
+            raise ImageError(f"cannot read the image {str(path)!r}: {error.strerror or error}") from error
+
+
+def check_header(path: str | Path) -> None:
+    """Check that a file is an image, as far as its first bytes tell, which takes a fraction of the time of reading it.
+
+    Raises:
+        ImageError: The file is missing or empty, is not an image, or holds floating-point pixels.
+    """
+    with open_file(path) as file, _opened(path, file) as image:
+        if image.mode == "F":
+            raise ValueError(_FLOAT_PIXELS)
+
+
+@contextmanager
+def _opened(path: str | Path, file: IO[bytes]) -> Iterator[Image.Image]:
+    """Open an image, and name its file in all errors within the block."""
     try:
-        return Path(path).read_bytes()
-    except OSError as error:
-        raise ImageError(f"cannot read the image {str(path)!r}: {error.strerror or error}") from error
+        if not file.read(1):
+            raise ValueError("it is empty; copy the file again, or remove it")
+        file.seek(0)
+        with Image.open(file) as image:
+            yield image
+    except UnidentifiedImageError as error:
+        raise ImageError(
+            f"cannot read the image {str(path)!r}: it is not an image, or its format is unknown; convert or remove it"
+        ) from error
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ImageError(f"cannot read the image {str(path)!r}: {error}") from error
 
 
 def read_image(path: str | Path, background: tuple[int, int, int] = WHITE, content: bytes | None = None) -> Tensor:
@@ -79,18 +139,12 @@ def read_image(path: str | Path, background: tuple[int, int, int] = WHITE, conte
         The image, uint8 of shape (3, H, W).
 
     Raises:
-        ImageError: The file is missing, is not an image, is truncated, or holds floating-point pixels.
+        ImageError: The file is missing, empty or no regular file, is not an image, is truncated, or holds
+            floating-point pixels.
     """
     data = read_content(path) if content is None else content
-    try:
-        with Image.open(io.BytesIO(data)) as image:
-            rgb = to_rgb(image, background)
-    except UnidentifiedImageError as error:
-        raise ImageError(
-            f"cannot read the image {str(path)!r}: it is not an image, or its format is unknown; convert or remove it"
-        ) from error
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ImageError(f"cannot read the image {str(path)!r}: {error}") from error
+    with _opened(path, io.BytesIO(data)) as image:
+        rgb = to_rgb(image, background)
     return torch.from_numpy(np.asarray(rgb).copy()).permute(2, 0, 1).contiguous()
 
 

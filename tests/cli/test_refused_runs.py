@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from tests.cli.runs import BACKBONE, Run, failing, fit
-from tests.doubles import image_folder
+from tests.doubles import TinyBackbone, image_folder
 from tl_lightning.cli import main
 
 
@@ -29,6 +29,27 @@ def test_mistake_is_found_before_anything_is_written(
     common = ["fit", f"--data.root={photos}", f"--trainer.default_root_dir={tmp_path}", "--trainer.accelerator=cpu"]
     assert message in failing(capsys, *common, *options)
     assert not list(tmp_path.iterdir())
+
+
+class Unbuilt(TinyBackbone):
+    """A network that takes long to download."""
+
+    def __init__(self) -> None:
+        raise RuntimeError("the network was built first")
+
+
+@pytest.mark.parametrize("data", ["data", "data.images"])
+def test_folder_is_checked_before_the_network_is_built(
+    data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cached = ["--data=CachedFeaturesDataModule"] if data == "data.images" else []
+    common = ["fit", *cached, "--backbone=tests.cli.test_refused_runs.Unbuilt"]
+    runs = f"--trainer.default_root_dir={tmp_path / 'runs'}"
+    one = image_folder(tmp_path / "one", {"ant": 2})
+    for root, message in (("nowhere", "'nowhere' does not exist"), (one, "only the class folder 'ant'")):
+        assert message in failing(capsys, *common, runs, f"--{data}.root={root}")
+    two = image_folder(tmp_path / "two", {"ant": 2, "bee": 2})
+    assert "the network was built first" in failing(capsys, *common, runs, f"--{data}.root={two}")
 
 
 @pytest.mark.parametrize("who", ["EarlyStopping", "ModelCheckpoint", "ReduceLROnPlateau"])

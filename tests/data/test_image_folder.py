@@ -59,7 +59,8 @@ def test_prediction_takes_every_image_in_any_folder(tmp_path: Path) -> None:
         save_image(tmp_path / name.replace("JPEG", "png"), 0)
     (tmp_path / "a.png").rename(tmp_path / "a.JPEG")
     module = data(tmp_path)
-    module.setup("predict")
+    with pytest.warns(UserWarning, match=r"hidden folders, whose images are skipped: '\.hidden' \(1 image\)"):
+        module.setup("predict")
     assert module.predict_files == ["a.JPEG", "b.png", "sub/deep/c.png"]
     batch = next(iter(module.predict_dataloader()))
     assert batch.index.tolist() == [0, 1, 2]

@@ -11,6 +11,7 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 from tl_lightning import __version__
 from tl_lightning.callbacks.model_checkpoint import best_checkpoint_callback, default_checkpoints, reverted
 from tl_lightning.cli.arguments import import_module_of_class, iter_class_paths, prepare_arguments
+from tl_lightning.cli.data_checks import check_data_folder
 from tl_lightning.cli.defaults import SaveConfig, default_callbacks, default_loggers, default_precision
 from tl_lightning.cli.options import (
     MODEL_FROM_CONFIG,
@@ -131,8 +132,9 @@ class TransferCLI(LightningCLI):
 
         Raises:
             SystemExit: No checkpoint is given to a command that needs one.
-            FileNotFoundError: The file does not exist, or no run has such a file.
-            ValueError: The file is no checkpoint of this library, or names a class that is not trusted.
+            FileNotFoundError: The file does not exist, no run has such a file, or there is no folder of images.
+            ValueError: The file is no checkpoint of this library, or names a class that is not trusted. Or the folder
+                of images has no classes.
         """
         path = self._get(self.config, "ckpt_path")
         if path is None and self.subcommand not in MODEL_FROM_CONFIG:
@@ -152,6 +154,7 @@ class TransferCLI(LightningCLI):
                 import_module_of_class(class_path)
         if self.subcommand not in MODEL_FROM_CONFIG and self._checkpoint is not None:
             check_trusted_classes(path, self._checkpoint)
+        check_data_folder(self._get(self.config, "data"), with_classes=self.subcommand in MODEL_FROM_CONFIG)
 
     def instantiate_classes(self) -> None:
         """Build data, model and trainer, with the model from the configuration or from the checkpoint."""

@@ -1,13 +1,23 @@
 """List the classes, splits and images of a folder."""
 
 import functools
-from collections import Counter
+import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 
 from lightning.pytorch.utilities import rank_zero_warn
 
-from tl_lightning.data._files import check_root, describe_skipped, describe_suffixes, find_images, subfolders
+from tl_lightning.data._files import (
+    Skipped,
+    check_root,
+    count_hidden,
+    describe_endings,
+    describe_hidden,
+    describe_suffixes,
+    find_images,
+    list_folder,
+    subfolders,
+)
 from tl_lightning.data.splits import SPLIT_FOLDERS, TRAIN, Samples, stratified_split
 from tl_lightning.images import IMAGE_SUFFIXES
 from tl_lightning.utils.messages import unknown
@@ -58,7 +68,8 @@ class FolderIndex:
         root, names = check_root(self.root), self.class_names
         given = split_folders(root)
         unsplit = {"test" if self.test_fraction == 1 else TRAIN: root}
-        skipped: Counter[str] = Counter()
+        skipped = Skipped()
+        count_hidden(root, root, skipped)
         found = {
             split: find_samples(root, folder, names, skipped, require_all_classes=split == TRAIN)
             for split, folder in (given or unsplit).items()
@@ -94,19 +105,25 @@ class FolderIndex:
             ValueError: There are no images.
         """
         root = check_root(self.root)
-        skipped: Counter[str] = Counter()
+        skipped = Skipped()
         files = sorted(find_images(root, root, skipped))
         if not files:
             raise ValueError(f"{str(root)!r} holds no images to predict {describe_suffixes(skipped)}")
         self._warn_about(skipped)
         return files
 
-    def _warn_about(self, skipped: Counter[str]) -> None:
+    def _warn_about(self, skipped: Skipped) -> None:
         """Name the files with other endings, since they may be photos in a format that cannot be read."""
-        if skipped:
+        if skipped.endings:
             rank_zero_warn(
                 f"{str(self.root)!r} holds files that are not treated as images and are skipped: "
-                f"{describe_skipped(skipped)}; convert images among them to one of {', '.join(sorted(IMAGE_SUFFIXES))}"
+                f"{describe_endings(skipped.endings)}; convert images among them to one of "
+                f"{', '.join(sorted(IMAGE_SUFFIXES))}"
+            )
+        if skipped.hidden:
+            rank_zero_warn(
+                f"{str(self.root)!r} holds hidden folders, whose images are skipped: "
+                f"{describe_hidden(skipped.hidden)}; rename them to use the images, or remove them"
             )
 
 
@@ -129,16 +146,24 @@ def split_folders(root: Path) -> dict[str, Path]:
     return found
 
 
+def class_name_of(folder: str) -> str:
+    """Return the class that a folder is named after: its name in composed Unicode (NFC).
+
+    Archives from a Mac hold names decomposed, ``e`` and an accent instead of one letter, which look the same.
+    """
+    return unicodedata.normalize("NFC", folder)
+
+
 def class_folders(folder: Path) -> list[str]:
-    """Return the names of the class folders, sorted.
+    """Return the names of the classes that have folders, sorted.
 
     Raises:
         ValueError: There are fewer than two.
     """
-    names = subfolders(folder)
+    names = sorted({class_name_of(name) for name in subfolders(folder)})
     if len(names) < 2:
         found = f"only the class folder {names[0]!r}" if names else "no class folders"
-        loose = sum(1 for entry in folder.iterdir() if entry.suffix.lower() in IMAGE_SUFFIXES)
+        loose = sum(Path(entry.name).suffix.lower() in IMAGE_SUFFIXES for entry in list_folder(folder))
         beside = f" and {loose} image{'s' * (loose > 1)} outside class folders" if loose else ""
         raise ValueError(
             f"{str(folder)!r} holds {found}{beside}; a classifier needs at least two folders, each named after a class "
@@ -148,32 +173,40 @@ def class_folders(folder: Path) -> list[str]:
 
 
 def find_samples(
-    root: Path, folder: Path, class_names: Sequence[str], skipped: Counter[str], *, require_all_classes: bool
+    root: Path, folder: Path, class_names: Sequence[str], skipped: Skipped, *, require_all_classes: bool
 ) -> Samples:
     """Find the labelled images of a folder of class folders.
+
+    Folders whose names differ only by composed and decomposed Unicode hold images of one class.
 
     Args:
         root: The data folder; paths are relative to it.
         folder: The folder that holds the class folders: ``root`` or one of its split folders.
         class_names: Names of the classes, in the order of their numbers.
-        skipped: Counts the files that are not treated as images, by their ending.
+        skipped: Counts the files that are left out.
         require_all_classes: Refuse class folders without images.
 
     Raises:
+        OSError: A folder cannot be listed.
         ValueError: A folder is not named after a class, or images are missing.
     """
-    here = subfolders(folder)
-    for name in here:
-        if name not in class_names:
+    count_hidden(root, folder, skipped)
+    numbers = {class_name_of(name): number for number, name in enumerate(class_names)}
+    numbers |= {name: number for number, name in enumerate(class_names)}  # an earlier version told both forms apart
+    folders: dict[int, list[str]] = {}
+    for name in subfolders(folder):
+        number = numbers.get(name, numbers.get(class_name_of(name)))
+        if number is None:
             raise ValueError(
                 f"{str(folder)!r}: {unknown('class', name, class_names, of='train')}; every class needs training "
                 "images, so rename the folder or add the class to 'train'"
             )
+        folders.setdefault(number, []).append(name)
     files: list[str] = []
     targets: list[int] = []
-    for target, name in enumerate(class_names):
-        images = list(find_images(root, folder / name, skipped)) if name in here else []
-        if not images and require_all_classes and name in here:
+    for target, name in ((number, name) for number in sorted(folders) for name in folders[number]):
+        images = list(find_images(root, folder / name, skipped))
+        if not images and require_all_classes:
             raise ValueError(
                 f"the class folder {str(folder / name)!r} holds no images {describe_suffixes(skipped)}; add images, or "
                 "remove the folder"

@@ -9,6 +9,7 @@ from torch import Tensor
 from torchvision.transforms import v2
 
 from tl_lightning.data._folder_index import FolderIndex
+from tl_lightning.data._image_check import check_images
 from tl_lightning.data.base import ResumableDataModule
 from tl_lightning.data.image_loader import ImageDataset, ImageLoader, Transform
 from tl_lightning.data.loader import EpochLoader
@@ -94,6 +95,7 @@ class ImageFolderDataModule(ResumableDataModule):
         self.folder_index = FolderIndex(self.root, val_fraction, test_fraction, self.seed)
         self._loaders: list[weakref.ref[ImageLoader]] = []  # weak, so that an unused loader ends its worker processes
         self._image_ids: dict[str, Tensor] = {}
+        self._checked_splits: set[str] = set()
 
     # The images -----------------------------------------------------------------------------------------------------
 
@@ -141,10 +143,11 @@ class ImageFolderDataModule(ResumableDataModule):
     # Lightning's hooks ----------------------------------------------------------------------------------------------
 
     def setup(self, stage: str) -> None:
-        """List the images before the run starts.
+        """List the images before the run starts, and check the headers of those that are labelled.
 
         Raises:
             FileNotFoundError: The root does not exist.
+            ImageError: Some images cannot be read; the message names them.
             ValueError: The preprocessing or a split is missing, or see :attr:`splits` and :attr:`predict_files`.
         """
         super().setup(stage)
@@ -153,12 +156,17 @@ class ImageFolderDataModule(ResumableDataModule):
             _ = self.predict_files
             return
         for split in _SPLITS_OF_STAGE[stage]:
-            if split not in self.splits:
-                found = ", ".join(f"{len(samples.files)} images for {name}" for name, samples in self.splits.items())
-                raise ValueError(
-                    f"{str(self.root)!r} has {found}, but none for {split!r}; add a folder {split!r}, or, without "
-                    f"split folders, set {'val' if split == 'val' else 'test'}_fraction"
-                )
+            if split not in self.splits or not self.splits[split].files:
+                counts = {name: len(samples.files) for name, samples in self.splits.items() if samples.files}
+                found = ", ".join(f"{count} images for {name}" for name, count in counts.items())
+                remedy = "no class has enough for every split, so add images"
+                if split not in self.splits:
+                    fraction = "val_fraction" if split == "val" else "test_fraction"
+                    remedy = f"add a folder {split!r}, or, without split folders, set {fraction}"
+                raise ValueError(f"{str(self.root)!r} has {found}, but none for {split!r}; {remedy}")
+        unchecked = [split for split in _SPLITS_OF_STAGE[stage] if split not in self._checked_splits]
+        check_images(self.root, [file for split in unchecked for file in self.splits[split].files])
+        self._checked_splits.update(unchecked)
 
     def train_dataloader(self) -> EpochLoader:
         """Load the training images, shuffled, and augmented with ``augment``."""
