@@ -11,6 +11,10 @@ UNLABELLED = -1
 PADDING = -1
 """Index of a padding row, added so that all ranks run equally many batches; excluded from losses and metrics."""
 
+UNREADABLE = -2
+"""In prediction, an image that could not be read has a row with the index ``PADDING`` and the target ``UNREADABLE``
+minus its place in the split."""
+
 
 class Batch(NamedTuple):
     """Some samples of one split."""
@@ -18,7 +22,8 @@ class Batch(NamedTuple):
     inputs: Tensor
     """Images (N, 3, H, W), or activations of a boundary (N, ...)."""
     target: Tensor
-    """Class numbers (N,), int64; ``UNLABELLED`` where the class is unknown."""
+    """Class numbers (N,), int64; ``UNLABELLED`` where the class is unknown, ``UNREADABLE`` and below where the image
+    could not be read."""
     index: Tensor  # type: ignore[assignment]  # hides tuple.index, which a batch does not need
     """Place of each sample in its split (N,), int64; ``PADDING`` for padding rows."""
     boundary: str | None
@@ -37,6 +42,8 @@ class ImageSource:
     """The :class:`tl_lightning.transforms.Preprocessing` of the images; None while it is unknown."""
     predict_files: Sequence[str] = ()
     """Path of each image to predict, in the order of ``Batch.index``."""
+    mark_unreadable: bool = False
+    """Whether prediction marks images that cannot be read, for a callback that lists them, instead of raising."""
     views: int = 0
     """Number of stored augmented views of each training image; 0 for the images without augmentation."""
 

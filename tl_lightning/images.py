@@ -35,6 +35,11 @@ class ImageError(ValueError):
     """Report an image file that cannot be used; the message names the file."""
 
 
+def short_reason(error: ImageError, path: Path) -> str:
+    """Return why an image cannot be read, without its path and without advice."""
+    return str(error).removeprefix(f"cannot read the image {str(path)!r}: ").partition("; ")[0]
+
+
 def to_rgb(image: Image.Image, background: tuple[int, int, int] = WHITE) -> Image.Image:
     """Turn an image of any mode into the RGB image that a viewer would show.
 

@@ -9,7 +9,7 @@ import torch
 from tests.cli.runs import Run
 from tests.doubles import save_image
 from tl_lightning.cli import main
-from tl_lightning.images import read_image
+from tl_lightning.images import ImageError, read_image
 from tl_lightning.modules import TransferClassifier
 from tl_lightning.transforms import eval_transform
 
@@ -46,3 +46,17 @@ def test_nested_folder_keeps_its_paths_with_the_default_number_of_workers(
     assert len(rows) == 41
     assert rows[0]["path"] == "ant/000.png"
     assert sum(row["path"].startswith(row["class_name"]) for row in rows) > 30
+
+
+def test_bad_image_fails_the_command_and_leaves_all_other_rows(trained: Run, tmp_path: Path) -> None:
+    for number in range(9):
+        save_image(tmp_path / "flat" / f"{number}.png", seed=number, colour=number % 3)
+    (tmp_path / "flat" / "4.png").write_bytes(b"")
+    with pytest.raises(
+        ImageError, match=r"^1 of 9 images cannot be read and have no row in '.*': '4\.png'; unreadable"
+    ):
+        predict(trained, tmp_path / "flat", tmp_path / "runs", "--data.batch_size=2", "--data.num_workers=1")
+    rows = (tmp_path / "runs" / "version_0" / "predictions.csv").read_text(encoding="utf-8").splitlines()
+    assert [row.partition(",")[0] for row in rows] == ["path", *(f"{number}.png" for number in range(9) if number != 4)]
+    bad = (tmp_path / "runs" / "version_0" / "unreadable.csv").read_text(encoding="utf-8").splitlines()
+    assert bad == ["path,reason", "4.png,it is empty"]

@@ -6,10 +6,10 @@ from pathlib import Path
 
 from PIL import Image
 
-from tl_lightning.images import ImageError, check_header
+from tl_lightning.images import ImageError, check_header, short_reason
 from tl_lightning.utils.distributed import all_gather_object, rank_and_world_size
+from tl_lightning.utils.messages import listed
 
-_SHOWN = 10
 _THREADS = 16  # on a network file system, most of the time is spent waiting
 
 
@@ -30,16 +30,10 @@ def check_images(root: Path, files: Sequence[str]) -> None:
     own = {file: reason for file, reason in zip(files[rank::world_size], reasons, strict=True) if reason}
     bad = {file: reason for share in all_gather_object(own) for file, reason in share.items()}
     if bad:
+        described = listed([f"{file!r} ({bad[file]})" for file in sorted(bad)])
         raise ImageError(
-            f"{len(bad):,} of {len(files):,} images in {str(root)!r} cannot be read: {describe_unreadable(bad)}; "
-            "repair or remove them"
+            f"{len(bad):,} of {len(files):,} images in {str(root)!r} cannot be read: {described}; repair or remove them"
         )
-
-
-def describe_unreadable(reasons: dict[str, str]) -> str:
-    """Name the first of some files, each with the reason why it cannot be read, and count the others."""
-    shown = [f"{file!r} ({reasons[file]})" for file in sorted(reasons)[:_SHOWN]]
-    return ", ".join(shown) + (f" and {len(reasons) - _SHOWN:,} more" if len(reasons) > _SHOWN else "")
 
 
 def _reason(path: Path) -> str | None:
@@ -48,8 +42,3 @@ def _reason(path: Path) -> str | None:
     except ImageError as error:
         return short_reason(error, path)
     return None
-
-
-def short_reason(error: ImageError, path: Path) -> str:
-    """Return why an image cannot be read, without its path and without advice."""
-    return str(error).removeprefix(f"cannot read the image {str(path)!r}: ").partition("; ")[0]

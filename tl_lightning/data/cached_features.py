@@ -209,6 +209,7 @@ class CachedFeaturesDataModule(ResumableDataModule):
 
     def predict_dataloader(self) -> ImageLoader:
         """Load all images below the root, in the order of their paths."""
+        self.images.mark_unreadable = self.mark_unreadable
         return self.images.predict_dataloader()
 
     def teardown(self, stage: str) -> None:

@@ -238,7 +238,7 @@ class ImageFolderDataModule(ResumableDataModule):
     ) -> ImageLoader:
         on_gpu = self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
         read = ImageReader(self.root, files, self.background)
-        dataset = ImageDataset(read, targets, transform, self.seed)
+        dataset = ImageDataset(read, targets, transform, self.seed, self.mark_unreadable and targets is None)
         sampler = self.make_batch_sampler(len(files), shuffle=shuffle)
         loader = ImageLoader(dataset, sampler, num_workers=self.effective_num_workers, pin_memory=on_gpu)
         self._loaders.append(weakref.ref(loader))

@@ -9,13 +9,14 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
-from tl_lightning.batch import PADDING, UNLABELLED, Batch
+from tl_lightning.batch import PADDING, UNLABELLED, UNREADABLE, Batch
 from tl_lightning.data._workers import delay_sigterm, wait_until_safe_to_fork
 from tl_lightning.data.loader import EpochLoader
 from tl_lightning.data.sampler import DistributedBatchSampler, SampleKey
 from tl_lightning.images import ImageError
 from tl_lightning.utils.seeding import seeded
 
+_BLACK = torch.zeros(3, 64, 64, dtype=torch.uint8)
 _Sample = tuple[Tensor, int, int]  # image, target, index
 
 Transform = Callable[[Tensor], Tensor]
@@ -33,17 +34,36 @@ class ImageDataset(Dataset[_Sample]):
         targets: Class numbers by place in the split; None if they are unknown.
         transform: Transforms an image; it may draw from the global generators of torch, numpy and random.
         seed: Seed of the augmentation.
+        mark_unreadable: Give a black image with the index ``PADDING`` and a target up to ``UNREADABLE`` instead of an
+            image that cannot be read.
     """
 
-    def __init__(self, read: ReadImage, targets: Sequence[int] | None, transform: Transform, seed: int) -> None:
+    def __init__(
+        self,
+        read: ReadImage,
+        targets: Sequence[int] | None,
+        transform: Transform,
+        seed: int,
+        mark_unreadable: bool = False,
+    ) -> None:
         self.read = read
         self.targets = targets
         self.transform = transform
         self.seed = seed
+        self.mark_unreadable = mark_unreadable
 
     def __getitem__(self, key: SampleKey) -> _Sample:
-        """Make the sample of a key."""
-        image = self.read(key.index)
+        """Make the sample of a key.
+
+        Raises:
+            ImageError: The image cannot be read, and such images are not marked.
+        """
+        try:
+            image = self.read(key.index)
+        except ImageError:
+            if not self.mark_unreadable:
+                raise
+            return self.transform(_BLACK), UNREADABLE - key.index, PADDING
         with seeded(self.seed, "augmentation", key.epoch, key.index):
             image = self.transform(image)
         target = UNLABELLED if self.targets is None else self.targets[key.index]

@@ -1,10 +1,11 @@
 """Wording that error messages share."""
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 _LISTED = 40
+_NAMED = 10
 _PACKAGE = Path(__file__).parents[1]
 
 
@@ -24,8 +25,17 @@ def unknown(kind: str, given: object, allowed: Iterable[object], *, of: str = ""
     names = [str(name) for name in allowed]
     close = difflib.get_close_matches(str(given), names, n=3, cutoff=0.5)
     hint = f"did you mean {' or '.join(repr(name) for name in close)}? " if close else ""
-    listed = ", ".join(names[:_LISTED]) + (f" and {len(names) - _LISTED} more" if len(names) > _LISTED else "")
-    return f"unknown {kind} {given!r}; {hint}{of + ' has' if of else 'there are'} {listed}"
+    return f"unknown {kind} {given!r}; {hint}{of + ' has' if of else 'there are'} {listed(names, _LISTED)}"
+
+
+def listed(names: Sequence[str], limit: int = _NAMED) -> str:
+    """List the first names, and count the others.
+
+    Example:
+        >>> listed(["a", "b", "c"], 2)
+        'a, b and 1 more'
+    """
+    return ", ".join(names[:limit]) + (f" and {len(names) - limit:,} more" if len(names) > limit else "")
 
 
 def package_error_message(error: BaseException) -> str | None:
