@@ -5,10 +5,12 @@ import signal
 import sys
 
 from tl_lightning import __version__
+from tl_lightning.utils.launcher import end_with_launcher
 
 
 def main() -> None:
     """Run the command line on the arguments of the process, and print an expected error without its traceback."""
+    end_with_launcher()  # before the imports, which take seconds
     if sys.argv[1:] == ["--version"]:  # before Lightning is imported, which takes seconds
         print(f"tl-lightning {__version__}")
         return

@@ -15,6 +15,7 @@ from tl_lightning.lightning_fixes.finite_guard import FiniteGuard
 from tl_lightning.lightning_fixes.model_parallel import configure_strategy, load_optimizer_state
 from tl_lightning.lightning_fixes.plateau import StepOnPlateau
 from tl_lightning.lightning_fixes.sigterm import SigtermHandler, ends_together
+from tl_lightning.lightning_fixes.startup import watch_start
 from tl_lightning.lightning_fixes.step_boundary import StepBoundary, finish_epoch
 from tl_lightning.modules import checkpoint as checkpoints
 from tl_lightning.modules._frozen_guard import FrozenGuard
@@ -37,6 +38,7 @@ def attach_callbacks(trainer: Trainer) -> None:
     needed = (FrozenGuard, FiniteGuard, StepOnPlateau, SigtermHandler, ExactResume)
     missing: list[Callback] = [callback() for callback in needed if callback not in present]
     if missing:
+        watch_start(trainer)
         _set_callbacks(trainer, callbacks + missing)
 
 

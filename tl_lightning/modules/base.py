@@ -27,6 +27,7 @@ from tl_lightning.modules._fsdp import shard
 from tl_lightning.modules._optimization import OptimizationMixin
 from tl_lightning.modules._stages import StagesMixin, head_name, is_map_head
 from tl_lightning.modules.auxiliary import AuxiliaryHeads
+from tl_lightning.utils.launcher import end_with_launcher
 from tl_lightning.utils.serialization import InitArgsMixin, as_factory
 
 
@@ -83,6 +84,7 @@ class TransferClassifier(InitArgsMixin, StagesMixin, OptimizationMixin, Evaluati
         early = dict(vars(self))  # attributes and modules that a subclass has set
         super().__init__()
         vars(self).update(early)
+        end_with_launcher()  # Lightning launches further ranks by running the script again
         if num_classes < 2:
             raise ValueError(f"num_classes is {num_classes}; a classifier needs at least 2")
         if not 0 < lr < math.inf:
