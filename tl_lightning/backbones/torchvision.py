@@ -8,7 +8,7 @@ from torchvision.models import WeightsEnum
 
 from tl_lightning.backbones.base import AuxiliaryHead
 from tl_lightning.backbones.traced import TracedBackbone
-from tl_lightning.backbones.weights import build_with_download, is_path, load_weights_file, unknown_weights
+from tl_lightning.backbones.weights import build_with_download, cached_file, is_path, load_weights_file, unknown_weights
 from tl_lightning.transforms import Preprocessing
 from tl_lightning.utils.messages import unknown
 
@@ -31,8 +31,9 @@ class TorchvisionBackbone(TracedBackbone):
     Args:
         name: One of ``torchvision.models.list_models(module=torchvision.models)``, for instance ``resnet50``.
         weights: A member of the model's weights enum (``DEFAULT``, ``IMAGENET1K_V1``, ...); the path of a ``.pth`` or
-            ``.safetensors`` file with the model's own parameter names, with or without a classifier; or None for random
-            weights. The preprocessing is that of the member, otherwise that of ``DEFAULT``.
+            ``.safetensors`` file with the model's own parameter names, with or without a classifier (see
+            :func:`tl_lightning.backbones.weights.load_weights_file`); or None for random weights. The preprocessing is
+            that of the member, otherwise that of ``DEFAULT``.
         image_size: Side in pixels of the square images that the network sees: the whole centre square. None takes size
             and crop as the weights were trained. Larger images show smaller details.
 
@@ -71,7 +72,10 @@ class TorchvisionBackbone(TracedBackbone):
             model = torchvision.models.get_model(name, weights=None, **extra)
         else:
             model = build_with_download(
-                lambda: torchvision.models.get_model(name, weights=member, **extra), name=name, weights=str(weights)
+                lambda: torchvision.models.get_model(name, weights=member, **extra),
+                name=name,
+                weights=str(weights),
+                cached=[cached_file(member.url)],
             )
         classifier = _remove_classifier(model)
         if member is None and weights is not None:

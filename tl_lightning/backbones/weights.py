@@ -1,18 +1,22 @@
 """Load weights from files, or from a model hub."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 from urllib.error import URLError
+from urllib.parse import urlparse
 
 import torch
 from torch import Tensor, nn
 
+from tl_lightning.backbones._own_checkpoint import check_own_checkpoint
+from tl_lightning.backbones._state_dicts import Candidate, candidates, choose, listed
+from tl_lightning.backbones._weights_file import SUFFIXES, read_weights_file
+from tl_lightning.utils.distributed import is_rank_zero
 from tl_lightning.utils.messages import unknown
 
-SUFFIXES = (".pth", ".pt", ".safetensors")
 _LISTED = 5
-_M = TypeVar("_M")
+_M = TypeVar("_M", bound=nn.Module)
 
 
 def is_path(weights: str) -> bool:
@@ -33,81 +37,146 @@ def unknown_weights(given: str, names: Iterable[str], *, of: str) -> str:
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:
-    """Read the tensors of a ``.pth``, ``.pt`` or ``.safetensors`` file without executing anything in it.
-
-    A mapping under ``state_dict`` or ``model`` is unwrapped. The ``module.`` that DistributedDataParallel puts before
-    every name is removed.
+    """Read a file that holds one state dict and nothing else, without executing anything in it.
 
     Raises:
         FileNotFoundError: The file does not exist.
         ValueError: The file holds no mapping of names to tensors.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"the weights file {str(path)!r} does not exist (looked in {path.resolve().parent}); give the path of a "
-            f"{', '.join(SUFFIXES)} file, the name of published weights, or None"
-        )
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            state: Any = load_file(path)
-        else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise ValueError(
-            f"the weights file {str(path)!r} cannot be read ({type(error).__name__}: {str(error).splitlines()[0]}); it "
-            "must be a state dict saved by torch.save, or a safetensors file. Pickled objects are refused, since "
-            "reading one can run any code"
-        ) from error
-    for key in ("state_dict", "model"):
-        if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):
-            state = state[key]
-    if not (isinstance(state, Mapping) and state and all(isinstance(v, Tensor) for v in state.values())):
-        raise ValueError(
-            f"the weights file {str(path)!r} holds no state dict; it must map names to tensors, at the top or under "
-            "'state_dict' or 'model'"
-        )
-    return {str(name).removeprefix("module."): tensor for name, tensor in state.items()}
+    content = read_weights_file(Path(path))
+    if not (isinstance(content, Mapping) and content and all(isinstance(v, Tensor) for v in content.values())):
+        raise ValueError(f"the weights file {str(path)!r} holds no state dict, which maps names to tensors")
+    return {str(name): tensor for name, tensor in content.items()}
 
 
-def load_weights_file(model: nn.Module, path: str | Path, *, name: str, classifier: str) -> None:
+def load_weights_file(model: nn.Module, path: str | Path, *, name: str, classifier: str | Sequence[str]) -> None:
     """Load a weights file into a network and skip the classifier in the file.
+
+    The state dict may lie in a dict, as ``state_dict``, ``model`` or under any other key, and its names may have a
+    prefix, as ``module.``. An average of the weights is preferred. Rank 0 prints where in the file the weights lay,
+    unless the file is a state dict with the network's own names.
+
+    A checkpoint of this library gives the weights of its backbone.
 
     Args:
         model: The network, whose classifier holds no parameters any more.
-        path: See :func:`read_weights`.
+        path: A file by torch.save or safetensors; ``~`` is the home folder.
         name: Name of the network in messages.
-        classifier: Qualified name of the classifier.
+        classifier: Qualified names of the classifiers, or of the only one.
 
     Raises:
         FileNotFoundError: The file does not exist.
-        ValueError: Tensors are missing, unknown, or of another shape; the message lists them.
+        ValueError: The file cannot be read; tensors are missing, unknown, of another shape, or not finite; or several
+            networks in the file fit. The message lists them.
     """
-    state = {key: tensor for key, tensor in read_weights(path).items() if not key.startswith(f"{classifier}.")}
+    path = _expanded(path)
+    content = read_weights_file(path)
+    source = f"the weights file {str(path)!r}"
+    described = check_own_checkpoint(content, source, name)
     own = model.state_dict()
-    missing = [key for key in own if key not in state and not key.endswith("num_batches_tracked")]
-    unexpected = [key for key in state if key not in own]
-    shapes = [
-        f"{key} is {tuple(state[key].shape)} in the file and {tuple(own[key].shape)} in the network"
-        for key in own
-        if key in state and state[key].shape != own[key].shape
-    ]
-    problems = [
-        f"{len(found)} {problem}: {', '.join(found[:_LISTED])}{', ...' if len(found) > _LISTED else ''}"
-        for problem, found in (("missing", missing), ("not in this network", unexpected), ("of another shape", shapes))
-        if found
-    ]
-    if problems:
+    found = candidates(content, own, [classifier] if isinstance(classifier, str) else classifier)
+    if not found:
+        keys = f" (its keys are {', '.join(map(str, list(content)[:_LISTED]))})" if isinstance(content, Mapping) else ""
         raise ValueError(
-            f"the weights file {str(path)!r} does not fit {name}; tensors {'; '.join(problems)}. Check that the file "
-            "belongs to this model"
+            f"{source} holds no weights{keys}. It must map names to tensors, at the top or in a dict inside; the state "
+            "of an optimizer is not read"
         )
-    model.load_state_dict(state, strict=False)
+    fitting = [candidate for candidate in found if candidate.fits]
+    if not fitting:
+        closest = max(found, key=lambda c: len(own.keys() & c.tensors.keys()))
+        place = "" if _is_plain(closest) else f" These are the tensors of {closest.label}."
+        raise ValueError(
+            f"{source} does not fit {name}{described and f', since it holds {described}'}; tensors "
+            f"{listed(closest.problems)}.{place} Check that the file belongs to this model"
+        )
+    try:
+        chosen, reason = choose(fitting)
+    except ValueError as error:
+        raise ValueError(
+            f"{source} cannot be loaded into {name}: {error}. Save the one that is meant to a file of its own, for "
+            f"example with {_extraction(fitting[0], path.name)}"
+        ) from error
+    matrices = [tensor for tensor in chosen.tensors.values() if tensor.is_floating_point() and tensor.ndim > 1]
+    if matrices and not any(bool((tensor < 0).any()) for tensor in matrices):
+        raise ValueError(
+            f"{source} holds no trained weights: no layer of {chosen.label} has a value below zero, so they are zeros, "
+            "or an optimizer's squared gradients"
+        )
+    model.load_state_dict(chosen.tensors, strict=False)
+    check_finite(model, source)
+    if is_rank_zero() and not _is_plain(chosen):
+        print(_announcement(chosen, reason, path.name, described, found), flush=True)
 
 
-def build_with_download(build: Callable[[], _M], *, name: str, weights: str) -> _M:
+def _expanded(path: str | Path) -> Path:
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:  # there is no user of this name
+        raise FileNotFoundError(f"the weights file {str(path)!r} does not exist ({error})") from error
+
+
+def _is_plain(candidate: Candidate) -> bool:
+    return not (candidate.keys or candidate.prefix or candidate.inside)
+
+
+def _extraction(candidate: Candidate, file: str) -> str:
+    """Return a line of Python that saves the tensors of a candidate alone."""
+    saved = f"safetensors.torch.load_file({file!r})"
+    if not file.endswith(".safetensors"):
+        saved = f"torch.load({file!r}, weights_only=True)" + "".join(f"[{key!r}]" for key in candidate.keys)
+    if candidate.prefix:
+        saved = f"{{k: v for k, v in {saved}.items() if k.startswith({candidate.prefix!r})}}"
+    return f"torch.save({saved}, 'weights.pth')"
+
+
+def _announcement(chosen: Candidate, reason: str, file: str, described: str, found: Sequence[Candidate]) -> str:
+    """Say in one line which tensors of the file are loaded."""
+    place = repr(".".join(chosen.keys)) if chosen.keys else "the names"
+    said = f"weights: took {place}{f' ({reason})' if reason else ''} of {file}"
+    said += f", without the prefix {chosen.prefix!r}" if chosen.prefix else ""
+    said += f", without {chosen.inside} in its names" if chosen.inside else ""
+    said += f"; the file is {described}" if described else ""
+    if chosen.beside and not described:
+        count = f"{len(chosen.beside)} tensor{'s' if len(chosen.beside) > 1 else ''}"
+        names = ", ".join(chosen.beside[:_LISTED]) + (", ..." if len(chosen.beside) > _LISTED else "")
+        said += f"; left out {count} beside it: {names}"
+    broken = next((c for c in found if c.is_average and not c.fits), None)
+    if broken is not None and not chosen.is_average:
+        said += f"; not the average under {broken.label}, which does not fit ({listed(broken.problems)})"
+    return said
+
+
+def check_finite(model: nn.Module, source: str) -> None:
+    """Check that all weights and batch norm statistics are finite, and that no other buffer holds NaN.
+
+    Args:
+        model: The network. Its buffers of other kinds may hold infinite bounds, as timm's Gemma 4 does.
+        source: Name of the file or of the published weights in the message.
+
+    Raises:
+        ValueError: A value is NaN or infinite; the message lists the tensors.
+    """
+    parameters = dict(model.named_parameters())
+    found = []
+    for name, tensor in model.state_dict().items():
+        if tensor.is_floating_point():
+            may_be_infinite = name not in parameters and "running_" not in name
+            wrong = int((tensor.isnan() if may_be_infinite else ~tensor.isfinite()).sum())
+            found += [f"{wrong} of {tensor.numel()} in {name}"] if wrong else []
+    if found:
+        listing = "; ".join(found[:_LISTED]) + ("; ..." if len(found) > _LISTED else "")
+        raise ValueError(
+            f"{source} holds values that are not finite: {listing}. The training diverged, or the file is damaged: use "
+            "another file"
+        )
+
+
+def cached_file(url: str) -> Path:
+    """Return the file in torch's cache to which a URL is downloaded."""
+    return Path(torch.hub.get_dir()) / "checkpoints" / Path(urlparse(url).path).name
+
+
+def build_with_download(build: Callable[[], _M], *, name: str, weights: str, cached: Sequence[Path] = ()) -> _M:
     """Build a network whose weights may have to be downloaded, in one process of a machine at a time.
 
     The first process downloads the weights; the others wait and then find them in the cache.
@@ -116,8 +185,10 @@ def build_with_download(build: Callable[[], _M], *, name: str, weights: str) -> 
         build: Builds the network.
         name: Name of the network in messages.
         weights: Name of the published weights.
+        cached: The files in which the downloaded weights may lie.
 
     Raises:
+        ValueError: The file in the cache is damaged, or its weights are not finite.
         ConnectionError: The download failed; the message says how to go on without a network connection.
     """
     from filelock import FileLock
@@ -126,11 +197,24 @@ def build_with_download(build: Callable[[], _M], *, name: str, weights: str) -> 
     cache.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(cache / "tl_lightning.lock"):
-            return build()
-    except (URLError, OSError) as error:
+            model = build()
+    except Exception as error:
+        for file in filter(Path.is_file, cached):
+            try:
+                read_weights_file(file)
+            except ValueError as damage:
+                raise ValueError(
+                    f"{damage}. It holds the weights {weights!r} of {name} in the cache: delete it and run again, to "
+                    "download it again"
+                ) from error
+        if not isinstance(error, (URLError, OSError)):
+            raise
         raise ConnectionError(
             f"the weights {weights!r} of {name} are not in the cache and cannot be downloaded ({error}). Without a "
             "network connection, download them elsewhere and pass the .pth or .safetensors file as weights (on the "
             "command line --backbone.weights FILE). Or use the backbone EfficientNetLite (--backbone "
             "EfficientNetLite), since its weights come with a package"
         ) from error
+    places = "".join(f" in {str(file)!r}" for file in cached if file.is_file())
+    check_finite(model, f"the weights {weights!r} of {name}{places}")
+    return model
