@@ -10,7 +10,7 @@ import yaml
 from torch import Tensor
 
 from tests.data.test_precompute import cached, said
-from tests.doubles import TinyBackbone
+from tests.doubles import TinyBackbone, image_folder
 from tests.ranks import run_on_ranks
 from tl_lightning.backbones import TruncatedBackbone
 from tl_lightning.batch import Batch
@@ -152,6 +152,18 @@ def test_head_on_the_map_of_a_truncated_network_is_the_winner(photos: Path, tmp_
     main(["sweep", *cached(photos, tmp_path, *rates, VAL, head, "--boundaries=[layer2]")])
     winner = TransferClassifier.load_from_checkpoint(tmp_path / "runs" / "version_0" / "checkpoints" / "best.ckpt")
     assert winner(torch.zeros(1, 3, 16, 16)).shape == (1, winner.num_classes)
+
+
+def test_sweep_of_one_configuration_without_test_images_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = image_folder(tmp_path / "pairs", {"ant": 2, "bee": 2, "cat": 2})  # one for training, one for validation
+    main(["sweep", *cached(root, tmp_path, "--lr=[1e-2]", "--weight_decay=[0.0]", "--trainer.max_epochs=1")])
+    text = said(capsys)
+    assert "nothing to compare one configuration, LinearHead(standardize=True); give several values of lr" in text
+    assert "the only one: nothing was compared" in text
+    assert "best of many" not in text
+    assert "test accuracy not tested" in text
 
 
 @pytest.mark.parametrize("head", [0, 1, 2])

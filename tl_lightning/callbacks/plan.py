@@ -8,6 +8,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from tl_lightning.callbacks.staged_unfreezing import StagedUnfreezing
 from tl_lightning.data import CachedFeaturesDataModule, images_of
+from tl_lightning.data.splits import TRAIN, describe_missing_classes
 from tl_lightning.freezing import HEAD
 from tl_lightning.modules import TransferClassifier
 from tl_lightning.optim import stage_of_group
@@ -43,6 +44,13 @@ def describe_plan(trainer: Trainer, classifier: TransferClassifier) -> dict[str,
     images = images_of(data)
     if images is not None:
         rows["images"] = ", ".join(f"{len(samples.files):,} {split}" for split, samples in images.splits.items())
+        missing = [
+            describe_missing_classes(split, samples, images.class_names)
+            for split, samples in images.splits.items()
+            if split != TRAIN
+        ]
+        if any(missing):
+            rows["not scored"] = "; ".join(text for text in missing if text)
     if isinstance(data, CachedFeaturesDataModule):
         rows["features"] = data.describe()
     rows |= _frozen_and_trained(trainer, classifier)

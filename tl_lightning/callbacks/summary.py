@@ -8,6 +8,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from tl_lightning.callbacks.model_checkpoint import best_checkpoint_callback, newest_checkpoint_of, reverted
 from tl_lightning.data import images_of
+from tl_lightning.data.splits import describe_missing_classes
 from tl_lightning.utils.console import print_table
 from tl_lightning.utils.paths import short_path
 
@@ -83,8 +84,15 @@ class Summary(Callback):
         elif best is not None and best.best_model_score is not None:
             self._rows[f"best {best.monitor}"] = f"{float(best.best_model_score):.4f}"
             self._rows["best model"] = best.best_model_path
+        self._note_missing_classes(trainer, "val")
         self._rows["outputs"] = str(trainer.log_dir)  # a collective operation
         self._training_started = self._fit_ended = False
+
+    def _note_missing_classes(self, trainer: Trainer, split: str) -> None:
+        data = images_of(getattr(trainer, "datamodule", None))
+        if data is not None:
+            missing = describe_missing_classes(split, data.splits[split], data.class_names)
+            self._rows |= {"not scored": missing} if missing else {}
 
     def _note_scores(self, trainer: Trainer, title: str, split: str) -> None:
         self._title, self._rows = title, _checkpoint(trainer)
@@ -94,6 +102,7 @@ class Summary(Callback):
             self._rows["images"] = count
             if data.folder_index.is_random_split(split):
                 self._rows["images"] += f" of {total}, drawn by the seed"
+        self._note_missing_classes(trainer, split)
         for name, value in trainer.callback_metrics.items():
             if name.startswith(f"{split}_"):
                 kind = name.removeprefix(f"{split}_")

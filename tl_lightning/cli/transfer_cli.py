@@ -240,6 +240,8 @@ class TransferCLI(LightningCLI):
         images = images_of(self.datamodule)
         if self._get(self.config, "test_after_fit") and images is not None:
             self.datamodule.prepare_data()
+            images.folder_index.require("test")
+            images.check_splits(images.splits)
             self.datamodule.setup("test")
 
     def after_fit(self) -> None:

@@ -87,6 +87,22 @@ class FolderIndex:
             raise ValueError(f"{str(root)!r} holds one image per class, which leaves none for validation; add images")
         return found
 
+    def require(self, split: str) -> None:
+        """Make sure that a split has images.
+
+        Raises:
+            ValueError: It has none.
+        """
+        if split in self.splits and self.splits[split].files:
+            return
+        counts = {name: len(samples.files) for name, samples in self.splits.items() if samples.files}
+        found = ", ".join(f"{count} images for {name}" for name, count in counts.items())
+        remedy = "no class has enough for every split, so add images"
+        if split not in self.splits:
+            fraction = "val_fraction" if split == "val" else "test_fraction"
+            remedy = f"add a folder {split!r}, or, without split folders, set {fraction}"
+        raise ValueError(f"{str(self.root)!r} has {found}, but none for {split!r}; {remedy}")
+
     @property
     def num_images(self) -> int:
         """Number of labelled images in all splits."""

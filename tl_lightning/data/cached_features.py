@@ -186,12 +186,14 @@ class CachedFeaturesDataModule(ResumableDataModule):
         self.images.prepare_data()
 
     def setup(self, stage: str) -> None:
-        """List the images, and forget rows of an earlier run."""
+        """List and check the images, and forget rows of an earlier run."""
         super().setup(stage)
         self.images.trainer = self.trainer
         if self.images.preprocessing is None:
             self.images.preprocessing = self.network.preprocessing
         self.images.setup(stage)
+        if stage != "predict":  # the features of all splits are computed
+            self.images.check_splits(self.splits)
         self.cache.forget()
         self._rows.clear()
 

@@ -1,7 +1,7 @@
 """Serve a folder of images as training, validation, test and prediction data."""
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from lightning.fabric.utilities.data import suggested_max_num_workers
@@ -156,15 +156,16 @@ class ImageFolderDataModule(ResumableDataModule):
             _ = self.predict_files
             return
         for split in _SPLITS_OF_STAGE[stage]:
-            if split not in self.splits or not self.splits[split].files:
-                counts = {name: len(samples.files) for name, samples in self.splits.items() if samples.files}
-                found = ", ".join(f"{count} images for {name}" for name, count in counts.items())
-                remedy = "no class has enough for every split, so add images"
-                if split not in self.splits:
-                    fraction = "val_fraction" if split == "val" else "test_fraction"
-                    remedy = f"add a folder {split!r}, or, without split folders, set {fraction}"
-                raise ValueError(f"{str(self.root)!r} has {found}, but none for {split!r}; {remedy}")
-        unchecked = [split for split in _SPLITS_OF_STAGE[stage] if split not in self._checked_splits]
+            self.folder_index.require(split)
+        self.check_splits(_SPLITS_OF_STAGE[stage])
+
+    def check_splits(self, splits: Iterable[str]) -> None:
+        """Check once that the files of these splits are images, by their headers; call it on all ranks.
+
+        Raises:
+            ImageError: Some images cannot be read; the message names them.
+        """
+        unchecked = [split for split in splits if split not in self._checked_splits]
         check_images(self.root, [file for split in unchecked for file in self.splits[split].files])
         self._checked_splits.update(unchecked)
 

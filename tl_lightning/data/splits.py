@@ -5,7 +5,10 @@ from typing import NamedTuple
 
 import torch
 
+from tl_lightning.utils.messages import listed
 from tl_lightning.utils.seeding import derive_seed
+
+_NAMED = 5
 
 TRAIN = "train"
 SPLIT_FOLDERS = {
@@ -23,6 +26,24 @@ class Samples(NamedTuple):
     """Paths relative to the root, ``/``-separated, sorted."""
     targets: list[int]
     """Class number of each file."""
+
+
+def describe_missing_classes(split: str, samples: Samples, class_names: Sequence[str]) -> str | None:
+    """Name the classes of which a split has no image, so that its scores say nothing about them.
+
+    Args:
+        split: Name of the split, for the text.
+        samples: The images of the split.
+        class_names: Names of the classes, in the order of their numbers.
+
+    Returns:
+        A few words; None if the split has images of all classes.
+    """
+    present = set(samples.targets)
+    missing = [name for number, name in enumerate(class_names) if number not in present]
+    if not missing:
+        return None
+    return f"{split} has no image of {len(missing):,} of {len(class_names):,} classes: {listed(missing, _NAMED)}"
 
 
 def stratified_split(

@@ -30,7 +30,8 @@ def print_search_result(result: SearchResult, folds: int) -> None:
     if len(rows) > len(shown):
         shown["others"] = f"{len(rows) - len(shown)}, in sweep.csv"
     estimate, low, high = result.interval
-    shown["chosen"] = f"{estimate:.4f} ({low:.4f} to {high:.4f} at 95 %), corrected for choosing the best of many"
+    corrected = "corrected for choosing the best of many" if len(rows) > 1 else "the only one: nothing was compared"
+    shown["chosen"] = f"{estimate:.4f} ({low:.4f} to {high:.4f} at 95 %), {corrected}"
     by = f"by {folds}-fold cross-validation" if folds else "on validation images"
     print_table(f"compared: accuracy {by}", shown)
 

@@ -26,10 +26,12 @@ from tl_lightning.sweep.candidates import Candidate, HeadInput
 from tl_lightning.sweep.report import print_search_result, write_csv
 from tl_lightning.sweep.search import LabelledFeatures, SearchResult, check_enough_images, count_epochs, search
 from tl_lightning.sweep.winner import build_classifier
+from tl_lightning.utils.console import print_table
 from tl_lightning.utils.seeding import run_seed
 
 _TRAINING_CALLBACKS = (BaseFinetuning, EarlyStopping, GradientAccumulationScheduler, Timer, WeightAveraging)
 _SPLITS = ("train", "val")
+_MORE = "give several values of lr, weight_decay, heads or boundaries"
 
 
 class SweepResult(NamedTuple):
@@ -57,6 +59,8 @@ class SweepResult(NamedTuple):
         if self.test_accuracy is not None:
             estimate, low, high = self.test_accuracy
             rows["test accuracy"] = f"{estimate:.4f} ({low:.4f} to {high:.4f} at 95 %)"
+        else:
+            rows["test accuracy"] = "not tested"
         return rows | {"checkpoint": str(self.checkpoint)}
 
 
@@ -86,6 +90,8 @@ def sweep(
     if data.views:
         raise ValueError(f"data.views is {data.views}; sweep trains on one view of each image: leave views out")
     _check_trainer(trainer)
+    if len(candidates) == 1:
+        print_table("sweep", {"nothing to compare": f"one configuration, {candidates[0].name}; {_MORE}"})
     data.prepare_data()
     train_target, val_target = (torch.tensor(data.splits[split].targets) for split in _SPLITS)
     check_enough_images(train_target, val_target, model.num_classes, folds)
@@ -105,7 +111,7 @@ def sweep(
     checkpoint = folder / "checkpoints" / "best.ckpt"
     trainer.save_checkpoint(checkpoint, weights_only=False)  # with the record of the training images
     test_accuracy = None
-    if "test" in data.splits:
+    if "test" in data.splits and data.splits["test"].files:
         trainer.test(classifier, datamodule=data, ckpt_path=str(checkpoint), weights_only=True, verbose=False)
         accuracy = trainer.callback_metrics.get("test_accuracy")  # a subclass may have other metrics
         count = len(data.splits["test"].files)
