@@ -152,8 +152,9 @@ def kills(photos: Path, folder: Path, ranks: int, count: int, seed: int) -> bool
     expected, chance = weights(final), random.Random(seed)  # noqa: S311 - no secret
     print(f"{ranks} rank(s): the undisturbed run took {length:.0f} s", flush=True)
     bad, moments = 0, Counter[str]()
-    for number in range(count):
-        after_s = length * (number + chance.random()) / count  # spread over the whole run
+    times = [length * (i + chance.random()) / count for i in range(count)]  # spread over the whole run
+    chance.shuffle(times)
+    for number, after_s in enumerate(times):
         runs = folder / f"{ranks}-{number}"
         found = kill_once(photos, runs, ranks, after_s, number, expected)
         passed = found.seconds_left < LEFT_S and not found.unreadable and found.equal
