@@ -38,12 +38,12 @@ class Preprocessing(NamedTuple):
             image_size: Side of the square in pixels; the shorter side of an image is resized to it.
 
         Raises:
-            ValueError: The size is below 1.
+            ValueError: The size is below 2; torch cannot scale an image to a single pixel.
         """
         if image_size is None:
             return self
-        if image_size < 1:
-            raise ValueError(f"image_size is {image_size}; it must be at least 1, the side of a square in pixels")
+        if image_size < 2:
+            raise ValueError(f"image_size is {image_size}; it must be at least 2, the side of a square in pixels")
         return self._replace(size=image_size, crop=image_size)
 
     @property

@@ -76,9 +76,19 @@ def test_mistake_is_one_message_under_the_name_of_the_program(
 def test_failed_command_ends_with_one_message_and_without_a_traceback(tmp_path: Path) -> None:
     with start("test", "--data.root=x", "--ckpt_path=none.ckpt", cwd=tmp_path) as process:
         _, err = process.communicate()
-    assert process.returncode == 1
+    assert process.returncode == 2
     expected = "tl-lightning: error: the checkpoint 'none.ckpt' does not exist; the folder '.' contains no checkpoint"
     assert err.removeprefix("Seed set to 42\n").splitlines() == [expected]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signal_during_the_imports_ends_the_program_at_once(number: signal.Signals, tmp_path: Path) -> None:
+    with start("fit", "--data.root=x", cwd=tmp_path) as process:
+        while "libtorch" not in Path(f"/proc/{process.pid}/maps").read_text() and process.poll() is None:
+            time.sleep(0.01)
+        process.send_signal(number)
+        out, err = process.communicate(timeout=60)
+    assert (process.returncode, out, err) == (128 + number, "", "")
 
 
 def running(group: int) -> list[str]:

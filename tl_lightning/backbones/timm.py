@@ -4,6 +4,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+from tl_lightning.backbones._image_size import explain_image_size
 from tl_lightning.backbones.traced import TracedBackbone
 from tl_lightning.backbones.weights import build_with_download, cached_file, is_path, load_weights_file, unknown_weights
 from tl_lightning.transforms import Preprocessing
@@ -23,7 +24,7 @@ class TimmBackbone(TracedBackbone):
             and crop as the weights were trained. Larger images show smaller details.
 
     Raises:
-        ValueError: The model or the weights are unknown, or the file does not fit the model.
+        ValueError: The model or the weights are unknown, or the file or the image size does not fit the model.
         FileNotFoundError: The weights file does not exist.
         ConnectionError: The weights are not in the cache and cannot be downloaded.
 
@@ -55,7 +56,8 @@ class TimmBackbone(TracedBackbone):
         )
 
         def build(pretrained: bool) -> Any:
-            return timm.create_model(full_name, pretrained=pretrained, num_classes=0, **fixed)
+            with explain_image_size(f"timm's {architecture}", image_size):
+                return timm.create_model(full_name, pretrained=pretrained, num_classes=0, **fixed)
 
         if published:
             model = build_with_download(
@@ -67,7 +69,8 @@ class TimmBackbone(TracedBackbone):
         if weights is not None and not published:
             load_weights_file(model, weights, name=full_name, classifier=classifier)
         leaf_functions = timm.models.get_notrace_functions()  # type: ignore[no-untyped-call]  # timm ships no types
-        super().__init__(model, full_name, timm_preprocessing(model).with_image_size(image_size), leaf_functions)
+        with explain_image_size(f"timm's {architecture}", image_size):
+            super().__init__(model, full_name, timm_preprocessing(model).with_image_size(image_size), leaf_functions)
         # With the full name, a checkpoint rebuilds the same variant without its published weights.
         self.init_args = ((), {"name": full_name, "weights": weights, "image_size": image_size})
 

@@ -6,6 +6,7 @@ import torchvision.models
 from torch import nn
 from torchvision.models import WeightsEnum
 
+from tl_lightning.backbones._image_size import explain_image_size
 from tl_lightning.backbones.base import AuxiliaryHead
 from tl_lightning.backbones.traced import TracedBackbone
 from tl_lightning.backbones.weights import build_with_download, cached_file, is_path, load_weights_file, unknown_weights
@@ -82,15 +83,8 @@ class TorchvisionBackbone(TracedBackbone):
             load_weights_file(model, weights, name=name, classifier=classifier)
         auxiliary = _detach_auxiliary_heads(model)
         preprocessing = _preprocessing(member or published["DEFAULT"])
-        try:
+        with explain_image_size(f"torchvision's {name}", image_size):
             super().__init__(model, name, preprocessing.with_image_size(image_size))
-        except (AssertionError, RuntimeError) as error:
-            if image_size is None:
-                raise
-            raise ValueError(
-                f"torchvision's {name} takes no images of {image_size} pixels ({error}); leave out image_size, or look "
-                "for a similar network that takes any size in TimmBackbone"
-            ) from error
         self.auxiliary = nn.ModuleDict(auxiliary)
 
     def auxiliary_heads(self) -> dict[str, AuxiliaryHead]:

@@ -29,7 +29,8 @@ class Plan(Callback):
         """Print the plan."""
         folder = trainer.log_dir  # a collective operation
         if trainer.is_global_zero and isinstance(pl_module, TransferClassifier):
-            print_table("plan", describe_plan(trainer, pl_module) | {"outputs": str(folder)})
+            outputs = {} if folder is None else {"outputs": str(folder)}
+            print_table("plan", describe_plan(trainer, pl_module) | outputs)
 
 
 def describe_plan(trainer: Trainer, classifier: TransferClassifier) -> dict[str, str]:

@@ -85,7 +85,7 @@ class Summary(Callback):
             self._rows[f"best {best.monitor}"] = f"{float(best.best_model_score):.4f}"
             self._rows["best model"] = best.best_model_path
         self._note_missing_classes(trainer, "val")
-        self._rows["outputs"] = str(trainer.log_dir)  # a collective operation
+        self._rows["outputs"] = _outputs(trainer)
         self._training_started = self._fit_ended = False
 
     def _note_missing_classes(self, trainer: Trainer, split: str) -> None:
@@ -107,11 +107,18 @@ class Summary(Callback):
             if name.startswith(f"{split}_"):
                 kind = name.removeprefix(f"{split}_")
                 self._rows[f"{_LONG_NAMES[split]} {_LONG_NAMES.get(kind, kind)}"] = f"{float(value):.4f}"
-        self._rows["outputs"] = str(trainer.log_dir)
+        self._rows["outputs"] = _outputs(trainer)
 
 
 def _checkpoint(trainer: Trainer) -> dict[str, str]:
     return {"checkpoint": str(Path(trainer.ckpt_path).absolute())} if trainer.ckpt_path else {}
+
+
+def _outputs(trainer: Trainer) -> str:
+    """Return the folder of the outputs; all ranks must call this."""
+    folder = trainer.log_dir  # a collective operation
+    is_trial = trainer.fast_dev_run  # type: ignore[attr-defined]  # Lightning sets it
+    return "nothing was written, since trainer.fast_dev_run only tries the configuration" if is_trial else str(folder)
 
 
 def _complete(trainer: Trainer) -> dict[str, str]:

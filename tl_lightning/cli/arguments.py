@@ -6,10 +6,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import yaml
 from jsonargparse import Namespace
 
+from tl_lightning.cli.config_files import read_config
 from tl_lightning.cli.options import MODEL_FROM_CONFIG, ON_CACHED_FEATURES, SUBCOMMANDS
+from tl_lightning.cli.path_options import expand_path
 from tl_lightning.cli.shipped_configs import resolve_config
 
 _DEFAULT_MODEL = ("--backbone=TorchvisionBackbone", "--backbone.name=resnet50", "--model=LinearProbe")
@@ -17,6 +18,7 @@ _DEFAULT_DATA = "--data=ImageFolderDataModule"
 _DEFAULT_CACHED_DATA = "--data=CachedFeaturesDataModule"
 
 _CALLBACKS = "--trainer.callbacks"
+_GROUPS = ("trainer",)
 
 
 def prepare_arguments(args: list[str]) -> list[str]:
@@ -27,15 +29,15 @@ def prepare_arguments(args: list[str]) -> list[str]:
 
     Raises:
         ValueError: An option stands before the command, or a configuration is named that is neither a file nor shipped
-            with the package.
+            with the package, or that cannot be read.
     """
     if not args or args[0] in ("-h", "--help", "--version"):
         return args
     if args[0].startswith("-"):
         command = next((arg for arg in args if arg in SUBCOMMANDS), "fit")
-        others = " ".join(arg for arg in args if arg != command)
+        options = " ".join(arg for arg in args if arg != command)
         raise ValueError(
-            f"{args[0]!r} stands where the command belongs: write tl-lightning {command} {others}\n"
+            f"{args[0]!r} stands where the command belongs: write tl-lightning {command} {options}\n"
             f"The commands are {', '.join(SUBCOMMANDS)}"
         )
     subcommand, *rest = args
@@ -47,11 +49,11 @@ def prepare_arguments(args: list[str]) -> list[str]:
         if match is None:
             others.append(arg)
         elif match[2] or (rest and not rest[0].startswith("-")):
-            files.append(resolve_config(match[3] if match[2] else rest.pop(0)))
+            files.append(resolve_config(expand_path(match[3] if match[2] else rest.pop(0), "config")))
         else:
             others.append(arg)  # the parser reports the missing value
     others = _append_callbacks(others)
-    configs = [_read_config(Path(file), subcommand) for file in files]
+    configs = [_of_subcommand(read_config(Path(file), _GROUPS), subcommand) for file in files]
     named = {arg.partition("=")[0].removesuffix(".class_path") for arg in others}
     named |= {f"--{key}" for config in configs for key in config}
     data = _DEFAULT_CACHED_DATA if subcommand in ON_CACHED_FEATURES else _DEFAULT_DATA
@@ -75,22 +77,24 @@ def iter_class_paths(config: Any) -> Iterator[str]:
                 yield from iter_class_paths(value)
 
 
-def import_module_of_class(class_path: str) -> None:
-    """Import the module of a class that the user has named.
+def import_modules_of_classes(*configs: Any) -> None:
+    """Import the modules of the classes in configurations, which the user may name anywhere.
 
     Raises:
         ValueError: There is no such module.
     """
-    name = class_path.rpartition(".")[0]
-    try:
-        importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        if error.name is None or not f"{name}.".startswith(f"{error.name}."):
-            raise  # the module exists, but an import in it fails
-        raise ValueError(
-            f"the class {class_path!r} cannot be imported: there is no module {error.name!r}, neither in the current "
-            f"folder, {Path.cwd()}, nor among the installed packages"
-        ) from error
+    for class_path in iter_class_paths(list(configs)):
+        name = class_path.rpartition(".")[0]
+        try:
+            if name:
+                importlib.import_module(name)
+        except ModuleNotFoundError as error:
+            if error.name is None or not f"{name}.".startswith(f"{error.name}."):
+                raise  # the module exists, but an import in it fails
+            raise ValueError(
+                f"the class {class_path!r} cannot be imported: there is no module {error.name!r}, neither in the "
+                f"current folder, {Path.cwd()}, nor among the installed packages"
+            ) from error
 
 
 def _names_other_class(key: str, configs: list[dict[str, Any]], args: list[str]) -> bool:
@@ -125,13 +129,6 @@ def _append_callbacks(args: list[str]) -> list[str]:
     return appended
 
 
-def _read_config(file: Path, subcommand: str) -> dict[str, Any]:
-    """Read the top level of a configuration file; of a file that cannot be read, which the parser reports, nothing."""
-    try:
-        config = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError):
-        return {}
-    if not isinstance(config, dict):
-        return {}
+def _of_subcommand(config: dict[str, Any], subcommand: str) -> dict[str, Any]:
     own = config.get(subcommand)
     return config | (own if isinstance(own, dict) else {})

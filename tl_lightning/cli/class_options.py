@@ -58,8 +58,10 @@ def typed_name(cls: type) -> str:
 
 
 def closest(name: str, options: Iterable[str]) -> str | None:
-    """Return the option that was probably meant, by its full name or by its last part; None if none is similar."""
+    """Return the option that was probably meant: by its full name, its beginning, or its last part; None if none is."""
     names = sorted(options)
+    for longer in sorted((option for option in names if name and option.startswith(name)), key=len):
+        return longer
     last_parts = {option.rpartition(".")[2]: option for option in names}
     for close in difflib.get_close_matches(name, names, n=1, cutoff=0.7):
         return close

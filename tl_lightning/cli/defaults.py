@@ -32,18 +32,21 @@ def default_loggers(folder: Path) -> list[Logger]:
     return loggers
 
 
-def default_callbacks(subcommand: str, own: Sequence[Callback], *, progress: bool) -> list[Callback]:
+def default_callbacks(
+    subcommand: str, own: Sequence[Callback], *, progress: bool, writes: bool = True
+) -> list[Callback]:
     """Build the callbacks that print the plan, the progress and the results.
 
     Args:
         subcommand: The subcommand; ``predict`` also writes predictions.
         own: The user's callbacks; a progress bar among them replaces the default one.
         progress: Whether to show a progress bar.
+        writes: Whether the run writes files.
     """
     callbacks: list[Callback] = [Plan()]
     if progress and not any(isinstance(callback, ProgressBar) for callback in own):
         callbacks.append(Progress())
-    if subcommand == "predict":  # it prints after the progress bar has ended, as the summary does
+    if subcommand == "predict" and writes:  # it prints after the progress bar has ended, as the summary does
         callbacks.append(PredictionWriter())
     return [*callbacks, Summary()]
 

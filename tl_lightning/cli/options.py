@@ -5,6 +5,7 @@ from typing import Any
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.cli import LightningArgumentParser
 
+from tl_lightning import __version__
 from tl_lightning.backbones import Backbone
 from tl_lightning.modules import TransferClassifier
 from tl_lightning.transforms import Preprocessing
@@ -18,6 +19,13 @@ SUBCOMMANDS = {
     "sweep": "Compare heads, learning rates and weight decays on cached features, and keep the best.",
 }
 """The subcommands, and their help."""
+
+PROGRAM = {
+    "description": "Transfer learning for image classification.",
+    "prog": "tl-lightning",
+    "version": __version__,
+}
+"""Arguments of the parser above the subcommands."""
 
 ON_CACHED_FEATURES = ("extract", "sweep")
 """Subcommands that work on cached features."""

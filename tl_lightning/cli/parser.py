@@ -8,6 +8,9 @@ from jsonargparse import DefaultHelpFormatter, Namespace
 from lightning.pytorch.cli import LightningArgumentParser
 
 from tl_lightning.cli import errors
+from tl_lightning.cli.config_files import bound_yaml
+
+bound_yaml()
 
 _KNOWN = "known subclasses: "
 
@@ -32,7 +35,7 @@ class Parser(LightningArgumentParser):
     """The program and its subcommand."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        own: dict[str, Any] = {"prog": "tl-lightning", "formatter_class": HelpFormatter}
+        own: dict[str, Any] = {"prog": "tl-lightning", "formatter_class": HelpFormatter, "allow_abbrev": False}
         super().__init__(*args, **own | kwargs)
         self._parsed_class: type | None = None
         self._given: dict[str, Any] = {}

@@ -35,7 +35,7 @@ def create_run_folder(root: Path) -> Path:
         except OSError as error:
             if isinstance(error, FileExistsError) and root.is_dir():
                 continue  # another run was faster
-            raise OSError(
+            raise type(error)(
                 f"trainer.default_root_dir is {str(root)!r}, where no folder can be created ({error.strerror}); give "
                 "another folder"
             ) from error

@@ -21,6 +21,15 @@ class TransferTrainer(Trainer):
     sweep_result: SweepResult | None = None
     """The result of the last sweep."""
 
+    def has_trained(self) -> bool:
+        """Return whether training has reached its first batch; other commands leave nothing when they fail."""
+        return self.fit_loop.epoch_progress.total.ready > 0
+
+    def has_run_batches(self) -> bool:
+        """Return whether a run has reached its first batch; the validation before training does not count."""
+        loops = (self.validate_loop, self.test_loop, self.predict_loop)
+        return self.has_trained() or any(loop.batch_progress.total.ready > 0 for loop in loops)
+
     def extract(self, model: TransferClassifier, datamodule: LightningDataModule) -> None:
         """Compute and cache the features that a fit on cached features would compute first, on all ranks.
 

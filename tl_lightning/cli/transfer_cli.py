@@ -2,38 +2,36 @@
 
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import yaml
+from jsonargparse import Namespace
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 
-from tl_lightning import __version__
 from tl_lightning.callbacks.model_checkpoint import best_checkpoint_callback, default_checkpoints, reverted
-from tl_lightning.cli.arguments import import_module_of_class, iter_class_paths, prepare_arguments
+from tl_lightning.cli.arguments import import_modules_of_classes, prepare_arguments
+from tl_lightning.cli.checkpoint_option import load_model, read_checkpoint
 from tl_lightning.cli.data_checks import check_data_folder
 from tl_lightning.cli.defaults import SaveConfig, default_callbacks, default_loggers, default_precision
 from tl_lightning.cli.options import (
     MODEL_FROM_CONFIG,
     ON_CACHED_FEATURES,
+    PROGRAM,
     SUBCOMMANDS,
     add_pipeline_options,
     finish_parser,
 )
 from tl_lightning.cli.parser import Parser
-from tl_lightning.cli.resume_checks import check_exists, check_max_epochs, check_same_model, check_trusted_classes
-from tl_lightning.cli.run_folder import (
-    create_run_folder,
-    find_checkpoint,
-    find_resumable_checkpoint,
-    remove_run_folder,
-)
+from tl_lightning.cli.path_options import expand_path_options
+from tl_lightning.cli.resume_checks import check_max_epochs, check_same_model, check_trusted_classes
+from tl_lightning.cli.run_folder import create_run_folder, remove_run_folder
 from tl_lightning.cli.run_lock import lock_run_folder, unlock_run_folder
 from tl_lightning.cli.trainer import TransferTrainer
+from tl_lightning.cli.value_checks import check_num_classes, check_values
 from tl_lightning.data import images_of
 from tl_lightning.lightning_fixes.metrics_log import CSVRowCount
 from tl_lightning.lightning_fixes.warning_filters import filter_warnings
-from tl_lightning.modules import TransferClassifier, checkpoint
 from tl_lightning.utils.seeding import DEFAULT_SEED
 
 
@@ -48,6 +46,8 @@ class TransferCLI(LightningCLI):
     (``lightning/pytorch/cli.py`` of 2.6). pyproject.toml keeps Lightning below the versions that may rename them.
     """
 
+    has_begun: ClassVar[bool] = False
+    """Whether the last run had begun when it failed, so that its command was not wrong."""
     _checkpoint: dict[str, Any] | None = None
     """The content of the given checkpoint, its tensors mapped, until the trainer reads it."""
     _new_folder: Path | None = None
@@ -57,6 +57,7 @@ class TransferCLI(LightningCLI):
 
     def __init__(self, args: ArgsType = None) -> None:
         filter_warnings()
+        TransferCLI.has_begun = False
         try:
             super().__init__(
                 trainer_class=TransferTrainer,
@@ -64,19 +65,16 @@ class TransferCLI(LightningCLI):
                 save_config_kwargs={"overwrite": True},  # a resumed run continues in its own folder
                 trainer_defaults={"max_epochs": 10, "default_root_dir": "runs", "enable_model_summary": False},
                 seed_everything_default=DEFAULT_SEED,
-                parser_kwargs={name: {"description": text} for name, text in SUBCOMMANDS.items()}
-                | {
-                    "description": "Transfer learning for image classification.",
-                    "prog": "tl-lightning",
-                    "version": __version__,
-                },
+                parser_kwargs={name: {"description": text} for name, text in SUBCOMMANDS.items()} | PROGRAM,
                 parser_class=Parser,
                 args=args,
                 auto_configure_optimizers=False,
                 load_from_checkpoint_support=False,
             )
         except BaseException:
-            if self._new_folder is not None and not self._has_trained():
+            trainer = getattr(self, "trainer", None)  # it is built last
+            TransferCLI.has_begun = isinstance(trainer, TransferTrainer) and trainer.has_run_batches()
+            if self._new_folder is not None and not (isinstance(trainer, TransferTrainer) and trainer.has_trained()):
                 remove_run_folder(self._new_folder)
             raise
         finally:
@@ -116,14 +114,15 @@ class TransferCLI(LightningCLI):
             args = sys.argv[1:]
         subcommand = next((arg for arg in args if arg in SUBCOMMANDS), "") if isinstance(args, list) else ""
         Parser.command = f"tl-lightning {subcommand}".strip()
-        if not isinstance(args, list):
-            self.config = parser.parse_object(args)
-            return
         try:
-            args = prepare_arguments(args)
+            if isinstance(args, list):
+                self.config = parser.parse_args(prepare_arguments(args))
+            else:
+                self.config = parser.parse_object(args)
+            check_values(self.config[self.config["subcommand"]])
+            expand_path_options(self.config[self.config["subcommand"]])
         except ValueError as error:
             parser.error(str(error))
-        self.config = parser.parse_args(args)
 
     # Building -------------------------------------------------------------------------------------------------------
 
@@ -139,59 +138,45 @@ class TransferCLI(LightningCLI):
         path = self._get(self.config, "ckpt_path")
         if path is None and self.subcommand not in MODEL_FROM_CONFIG:
             self._parser(self.subcommand).error(f"{self.subcommand} needs a trained model: add --ckpt_path FILE")
-        root = Path(self._get(self.config, "trainer").default_root_dir)
-        if path == "last" and self.subcommand == "fit":
-            path, self._checkpoint = find_resumable_checkpoint(root)
-        elif path in ("best", "last"):
-            path = find_checkpoint(root, path)
         if path is not None:
-            self.config[str(self.subcommand)]["ckpt_path"] = str(path)
-            check_exists(path)
-        if path is not None and self._checkpoint is None:
-            self._checkpoint = checkpoint.read(path, mmap=True)
-        for class_path in iter_class_paths([self._get(self.config, "model"), self._get(self.config, "backbone")]):
-            if "." in class_path:  # the user's own configuration may name any class
-                import_module_of_class(class_path)
+            root = Path(self._get(self.config, "trainer").default_root_dir)
+            path, self._checkpoint = read_checkpoint(str(path), root, resumes=self.subcommand == "fit")
+            self.config[str(self.subcommand)]["ckpt_path"] = path
+        import_modules_of_classes(self._get(self.config, "model"), self._get(self.config, "backbone"))
         if self.subcommand not in MODEL_FROM_CONFIG and self._checkpoint is not None:
             check_trusted_classes(path, self._checkpoint)
         check_data_folder(self._get(self.config, "data"), with_classes=self.subcommand in MODEL_FROM_CONFIG)
 
     def instantiate_classes(self) -> None:
         """Build data, model and trainer, with the model from the configuration or from the checkpoint."""
+        own = self._get(self.config, "trainer")
+        if isinstance(own.callbacks, Namespace):  # of a callback outside a list, jsonargparse loses the errors
+            own.callbacks = [own.callbacks]
         self.config_init = self.parser.instantiate_classes(self.config)
         self.datamodule = self._get(self.config_init, "data")
         if self.subcommand in MODEL_FROM_CONFIG:
             self.model = self._get(self.config_init, "model")
-            self._check_num_classes()
+            given = self._get(self.config, "model").init_args.get("num_classes")
+            check_num_classes(given, self.model.num_classes, self.model.class_names)
             if self._checkpoint is not None:
                 path = self._get(self.config, "ckpt_path")
                 check_same_model(path, self._checkpoint, self.model)
                 check_max_epochs(path, self._checkpoint, self._get(self.config, "trainer").max_epochs)
         else:
-            self.model = TransferClassifier.load_from_checkpoint(self._get(self.config, "ckpt_path"))
-            images = images_of(self.datamodule)
-            if images is not None:
-                images.preprocessing = self.model.backbone.preprocessing
-                if self.model.class_names is not None:
-                    images.class_names = self.model.class_names
+            self.model = load_model(self._get(self.config, "ckpt_path"), self.datamodule)
         self._checkpoint = None  # unmaps the file, which Lightning reads next and may replace in place later
         self.trainer = self.instantiate_trainer()
-
-    def _check_num_classes(self) -> None:
-        """Check that a number of classes on the command line is that of the data, which the model has taken."""
-        given = self._get(self.config, "model").init_args.get("num_classes")
-        if given not in (None, self.model.num_classes):
-            self._parser(self.subcommand).error(
-                f"model.num_classes is {given}, but the data have {self.model.num_classes} classes "
-                f"({', '.join(self.model.class_names or ())}); leave it out, since it comes from the data"
-            )
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Build the trainer, with the folder, loggers and callbacks that the user has not chosen."""
         config = self._get(self.config_init, "trainer")
         own = config["callbacks"] or []
-        own = own if isinstance(own, list) else [own]  # a single callback is no list
-        added = default_callbacks(str(self.subcommand), own, progress=config["enable_progress_bar"] is not False)
+        added = default_callbacks(
+            str(self.subcommand),
+            own,
+            progress=config["enable_progress_bar"] is not False,
+            writes=not config["fast_dev_run"],
+        )
         folder = None
         if self.subcommand == "extract":
             self.save_config_callback = None
@@ -223,11 +208,6 @@ class TransferCLI(LightningCLI):
                 return folder
         self._new_folder = create_run_folder(root)
         return self._new_folder
-
-    def _has_trained(self) -> bool:
-        """Return whether training has reached its first batch; other commands leave nothing when they fail."""
-        trainer = getattr(self, "trainer", None)
-        return isinstance(trainer, Trainer) and trainer.fit_loop.epoch_progress.total.ready > 0
 
     # Running --------------------------------------------------------------------------------------------------------
 

@@ -1,7 +1,8 @@
 """Wording that error messages share."""
 
 import difflib
-from collections.abc import Iterable, Sequence
+import dis
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 _LISTED = 40
@@ -44,14 +45,26 @@ def package_error_message(error: BaseException) -> str | None:
     Such an exception tells the user what to change. Any other one is a fault, whose traceback is needed.
 
     Returns:
-        The message; None if no exception of the chain was raised by this package.
+        The message; None if no ``raise`` statement of this package raised an exception of the chain.
     """
+    return next((str(link) for link in causes(error) if is_raised_in(link, _PACKAGE)), None)
+
+
+def causes(error: BaseException) -> Iterator[BaseException]:
+    """Yield an exception and its causes; jsonargparse wraps the exceptions of the classes that it builds."""
     link: BaseException | None = error
     while link is not None:
-        trace = link.__traceback__
-        while trace is not None and trace.tb_next is not None:
-            trace = trace.tb_next
-        if trace is not None and Path(trace.tb_frame.f_code.co_filename).is_relative_to(_PACKAGE):
-            return str(link)
+        yield link
         link = link.__cause__ or link.__context__
-    return None
+
+
+def is_raised_in(error: BaseException, folder: Path) -> bool:
+    """Return whether a ``raise`` statement in a folder raised an exception, and no operation or failed assertion."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    if trace is None or isinstance(error, AssertionError):
+        return False
+    code = trace.tb_frame.f_code
+    is_statement = dis.opname[code.co_code[trace.tb_lasti]] == "RAISE_VARARGS"
+    return is_statement and Path(code.co_filename).is_relative_to(folder)
