@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, Dataset
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from tl_lightning.batch import PADDING, UNLABELLED, UNREADABLE, Batch
-from tl_lightning.data._workers import delay_sigterm, wait_until_safe_to_fork
+from tl_lightning.data._workers import explain_death, prepare_worker, wait_until_safe_to_fork, watch_workers
 from tl_lightning.data.loader import EpochLoader
 from tl_lightning.data.sampler import DistributedBatchSampler, SampleKey
 from tl_lightning.images import ImageError
@@ -95,7 +95,7 @@ class ImageLoader(EpochLoader):
             batch_sampler=sampler,
             num_workers=num_workers,
             collate_fn=collate,
-            worker_init_fn=delay_sigterm,
+            worker_init_fn=prepare_worker,
             pin_memory=pin_memory,
             persistent_workers=num_workers > 0,
             generator=torch.Generator(),  # otherwise every epoch would draw a seed from the global generator
@@ -131,7 +131,7 @@ def load_with_workers(
         batch_sampler=batches,  # type: ignore[arg-type]  # torch's types allow integer keys only
         num_workers=num_workers,
         collate_fn=collate,
-        worker_init_fn=delay_sigterm,
+        worker_init_fn=prepare_worker,
         generator=torch.Generator(),
     )
     for batch in _batches_of(loader):
@@ -161,6 +161,8 @@ def load_with_threads(dataset: Dataset[_Sample], batches: Sequence[Sequence[obje
 def _batches_of(loader: "DataLoader[_Sample]") -> Iterator[Batch]:
     if loader.num_workers > 0 and loader._iterator is None:
         wait_until_safe_to_fork()
+    if loader.num_workers > 0:
+        watch_workers()
     try:
         yield from loader
     except ImageError as error:
@@ -168,3 +170,8 @@ def _batches_of(loader: "DataLoader[_Sample]") -> Iterator[Batch]:
         # https://github.com/pytorch/pytorch/blob/main/torch/_utils.py, ExceptionWrapper.reraise
         message = str(error).rpartition(f"{ImageError.__module__}.{ImageError.__qualname__}: ")[2]
         raise ImageError(message.rstrip()) from error
+    except RuntimeError as error:
+        explained = explain_death(error)
+        if explained is error:
+            raise
+        raise explained from error
