@@ -209,7 +209,10 @@ class Metric:
 @pytest.mark.parametrize(
     ("write", "message"),
     [
-        (lambda s: {"state_dict": s, "metric": Metric()}, r"holds objects of tests\.\S+\.Metric, .*state_dict\(\)"),
+        (
+            lambda s: {"state_dict": s, "metric": Metric()},
+            r"holds pickled objects \(tests\.\S+\.Metric\), .*state_dict\(\)",
+        ),
         (
             lambda s: {"model_a": s, "model_b": moved(s)},
             r"several networks that fit: 'model_a'; 'model_b'\. .*torch\.load\('file\.pth', .*\)\['model_a'\],",

@@ -1,14 +1,17 @@
+import argparse
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from urllib.error import URLError
 
+import numpy as np
 import pytest
 import torch
 import torchvision
 from safetensors.torch import save_file
 
 from tl_lightning.backbones import Backbone, EfficientNetLite, TimmBackbone, TorchvisionBackbone
+from tl_lightning.backbones._weights_file import read_weights_file
 
 
 @pytest.fixture(scope="module")
@@ -83,10 +86,23 @@ def test_pickled_objects_are_not_executed(tmp_path: Path) -> None:
         def __reduce__(self) -> tuple[object, tuple[Path]]:
             return (Path.touch, (tmp_path / "owned",))
 
-    torch.save({"weight": Attack()}, tmp_path / "bad.pth")
-    with pytest.raises(ValueError, match="Pickled objects are refused"):
-        TorchvisionBackbone("resnet18", weights=str(tmp_path / "bad.pth"))
-    assert not (tmp_path / "owned").exists()
+    allowed = torch.serialization.get_safe_globals()
+    # A Namespace beside the weights is skipped, but nothing that it holds is built either.
+    for content in ({"weight": Attack()}, {"weight": torch.ones(1), "args": argparse.Namespace(lr=Attack())}):
+        torch.save(content, tmp_path / "bad.pth")
+        with pytest.raises(ValueError, match="Pickled objects are refused"):
+            TorchvisionBackbone("resnet18", weights=str(tmp_path / "bad.pth"))
+        assert not (tmp_path / "owned").exists()
+    assert torch.serialization.get_safe_globals() == allowed
+
+
+def test_objects_beside_the_weights_are_replaced_by_empty_ones(tmp_path: Path) -> None:
+    content = {"weight": torch.ones(1), "args": argparse.Namespace(path=Path("runs")), "score": np.float64(0.5)}
+    torch.save(content, tmp_path / "w.pth")
+    read = read_weights_file(tmp_path / "w.pth")
+    for name in ("args", "score"):
+        assert type(read[name]).__module__ == "tl_lightning.backbones._weights_file"
+        assert vars(read[name]) == {}
 
 
 @pytest.mark.parametrize(

@@ -1,16 +1,20 @@
 """Files that hold no weights, or damaged ones, are named as the thing that they are."""
 
+import hashlib
 import os
+import pickle
 import re
 from pathlib import Path
 
 import pytest
 import timm
 import torch
+import torchvision
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from tl_lightning.backbones import EfficientNetLite, TimmBackbone, TorchvisionBackbone
+from tl_lightning.backbones._published import file_matches_its_name
 from tl_lightning.backbones.weights import load_weights_file
 
 State = dict[str, Tensor]
@@ -72,8 +76,15 @@ def test_file_without_permission_is_named(tmp_path: Path, state: State, monkeypa
         (b'{"error": "Entry not found"}', 'is a text file that begins with \'{"error": '),
         (b"\x89HDF\r\n\x1a\n" + bytes(80), "HDF5"),
         (b"\x1f\x8b\x08" + bytes(80), "gzip"),
+        (bytes(257) + b"ustar" + bytes(80), "tar archive"),
+        (b"\x89PNG\r\n\x1a\n" + bytes(80), "begins as no file of torch.save or safetensors does"),
+        # torch.load takes a file for safetensors by its suffix too
+        (
+            pickle.dumps({"weight": 1}, protocol=4),
+            "is a pickle of another kind than torch.save writes|header too large",
+        ),
     ],
-    ids=["empty", "lfs", "html", "html_fragment", "json", "hdf5", "gzip"],
+    ids=["empty", "lfs", "html", "html_fragment", "json", "hdf5", "gzip", "tar", "png", "pickle"],
 )
 def test_files_of_another_kind_are_named(name: str, content: bytes, message: str, tmp_path: Path) -> None:
     (tmp_path / name).write_bytes(content)
@@ -152,14 +163,41 @@ def test_published_weights_that_are_not_finite_are_refused(monkeypatch: pytest.M
         TorchvisionBackbone("resnet18", "IMAGENET1K_V1", image_size=64)
 
 
-def test_damaged_file_in_the_cache_of_torch_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    cached = tmp_path / "hub" / "checkpoints" / "resnet18-f37072fd.pth"
+@pytest.mark.parametrize("name", ["resnet18-{}.pth", "resnet18.pth"])
+def test_damaged_file_in_the_cache_of_torch_is_named(
+    name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    torch.save(torchvision.models.resnet18(num_classes=1000).state_dict(), tmp_path / "w.pth")
+    content = bytearray((tmp_path / "w.pth").read_bytes())
+    cached = tmp_path / "hub" / "checkpoints" / name.format(hashlib.sha256(content).hexdigest()[:8])
     cached.parent.mkdir(parents=True)
-    torch.save(torch.nn.Linear(9, 9).state_dict(), cached)
-    cached.write_bytes(cached.read_bytes()[:-40])
-    with pytest.raises(ValueError, match=rf"{re.escape(str(cached))}' .*is cut short or damaged.*[Dd]elete"):
+    cached.write_bytes(content)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr(
+        torchvision.models.ResNet18_Weights.IMAGENET1K_V1.value, "url", f"https://x.org/{cached.name}", False
+    )
+    message = rf"{re.escape(str(cached))}' is cut short or damaged.*'IMAGENET1K_V1' of resnet18 .*delete it, and run"
+    cached.write_bytes(content[:-40])
+    with pytest.raises(ValueError, match=message):
         TorchvisionBackbone("resnet18", "IMAGENET1K_V1")
+    if "{" in name:  # a flipped bit, which torch does not notice
+        cached.write_bytes(content)
+        assert TorchvisionBackbone("resnet18", "IMAGENET1K_V1", image_size=64).feature_dim == 512
+        content[len(content) // 2] ^= 1
+        cached.write_bytes(content)
+        with pytest.raises(ValueError, match=message):
+            TorchvisionBackbone("resnet18", "IMAGENET1K_V1", image_size=64)
+
+
+def test_blob_in_the_cache_of_hugging_face_is_compared_with_its_name(tmp_path: Path) -> None:
+    blob = tmp_path / hashlib.sha256(b"weights").hexdigest()
+    blob.write_bytes(b"weights")
+    (tmp_path / "model.safetensors").symlink_to(blob)
+    assert file_matches_its_name(tmp_path / "model.safetensors")
+    blob.write_bytes(b"weighty")
+    assert not file_matches_its_name(tmp_path / "model.safetensors")
+    (tmp_path / "weights-0.pth").write_bytes(b"of a name without a hash")
+    assert file_matches_its_name(tmp_path / "weights-0.pth")
 
 
 def test_package_without_its_weights_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -75,7 +75,7 @@ def read_weights_file(path: Path) -> Any:
     _check_format(path, head)
     damaged = f"the weights file {str(path)!r} is cut short or damaged ({{}}): copy or download it again"
     try:
-        if path.suffix == ".safetensors" or head[8:9] == b"{":
+        if _is_safetensors(head):
             from safetensors.torch import load_file
 
             return load_file(path)
@@ -89,10 +89,14 @@ def read_weights_file(path: Path) -> Any:
     except Exception as error:
         if str(error).startswith("the weights file"):
             raise
-        objects = _objects(path, error)
-        if objects:
-            raise ValueError(_refusal(path, objects)) from error
-        reason = re.sub(r"\x1b\[\d+m", "", str(error)).partition("\n")[0].partition(". ")[0]
+        kind = _kind_of_pickle(path, error)
+        if kind is not None:
+            raise ValueError(
+                f"the weights file {str(path)!r} {kind}, not tensors alone. Pickled objects are refused, since reading "
+                "one can run any code. In the program that wrote it, save the tensors with "
+                f"torch.save(model.state_dict(), '{path.name.partition('.')[0]}_weights.pth'), and give that file"
+            ) from error
+        reason = str(error).partition("\n")[0].partition(". ")[0]
         raise ValueError(damaged.format(f"{type(error).__name__}: {reason}")) from error
 
 
@@ -126,6 +130,15 @@ def _check_format(path: Path, head: bytes) -> None:
         raise ValueError(
             f"the weights file {str(path)!r} is a text file that begins with '{shown}', and holds no weights"
         )
+    if not (head.startswith((b"PK", b"\x80")) or _is_safetensors(head)):
+        raise ValueError(
+            f"the weights file {str(path)!r} begins as no file of torch.save or safetensors does; it is of another "
+            "kind, or damaged"
+        )
+
+
+def _is_safetensors(head: bytes) -> bool:
+    return head[8:9] == b"{"  # after the length of the header
 
 
 def _damaged_record(path: Path) -> str | None:
@@ -136,27 +149,17 @@ def _damaged_record(path: Path) -> str | None:
         return archive.testzip() if has_checksums else None
 
 
-def _objects(path: Path, error: Exception) -> list[str]:
-    """Return the classes and functions for which the restricted unpickler refused the file."""
+def _kind_of_pickle(path: Path, error: Exception) -> str | None:
+    """Say what the restricted unpickler refused to build; None if the file is damaged."""
     if "TorchScript" in str(error):
-        return ["TorchScript"]
+        return "is a TorchScript program"
     try:
         found = set(get_unsafe_globals_in_checkpoint(path)) - set(_IGNORED_OBJECTS)
     except Exception:  # noqa: BLE001 - a file in the older format, or a damaged one
         found = set(re.findall(r"GLOBAL ([\w.]+)", str(error)))
-    return sorted(found)
-
-
-def _refusal(path: Path, objects: list[str]) -> str:
-    listed = ", ".join(objects[:_SHOWN]) + (f" and {len(objects) - _SHOWN} more" if len(objects) > _SHOWN else "")
-    if objects == ["TorchScript"]:
-        kind = "is a TorchScript program"
-    elif any(name.startswith("torch.nn.modules.") for name in objects):
-        kind = f"holds a whole module ({listed})"
-    else:
-        kind = f"holds objects of {listed}"
-    return (
-        f"the weights file {str(path)!r} {kind}, not tensors alone. Pickled objects are refused, since reading one can "
-        f"run any code. In the program that wrote it, save the tensors with torch.save(model.state_dict(), "
-        f"'{path.name.partition('.')[0]}_weights.pth'), and give that file"
-    )
+    if found:
+        more = f" and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
+        is_module = any(name.startswith("torch.nn.modules.") for name in found)
+        kind = "holds a whole module" if is_module else "holds pickled objects"
+        return f"{kind} ({', '.join(sorted(found)[:_SHOWN])}{more})"
+    return "is a pickle of another kind than torch.save writes" if "Unsupported operand" in str(error) else None

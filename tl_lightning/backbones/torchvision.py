@@ -7,9 +7,10 @@ from torch import nn
 from torchvision.models import WeightsEnum
 
 from tl_lightning.backbones._image_size import explain_image_size
+from tl_lightning.backbones._published import build_with_download, cached_file
 from tl_lightning.backbones.base import AuxiliaryHead
 from tl_lightning.backbones.traced import TracedBackbone
-from tl_lightning.backbones.weights import build_with_download, cached_file, is_path, load_weights_file, unknown_weights
+from tl_lightning.backbones.weights import is_path, load_weights_file, unknown_weights
 from tl_lightning.transforms import Preprocessing
 from tl_lightning.utils.messages import unknown
 

@@ -1,12 +1,8 @@
-"""Load weights from files, or from a model hub."""
+"""Load weights from files."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TypeVar
-from urllib.error import URLError
-from urllib.parse import urlparse
 
-import torch
 from torch import Tensor, nn
 
 from tl_lightning.backbones._own_checkpoint import check_own_checkpoint
@@ -16,7 +12,6 @@ from tl_lightning.utils.distributed import is_rank_zero
 from tl_lightning.utils.messages import unknown
 
 _LISTED = 5
-_M = TypeVar("_M", bound=nn.Module)
 
 
 def is_path(weights: str) -> bool:
@@ -33,7 +28,7 @@ def unknown_weights(given: str, names: Iterable[str], *, of: str) -> str:
         of: Name of the model.
     """
     allowed = unknown("weights", given, names, of=of)
-    return f"{allowed}. The path of a {', '.join(SUFFIXES)} file, or None, is allowed too"
+    return f"{allowed}. The path of a {', '.join(SUFFIXES)} file, or None (null on the command line), is allowed too"
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:
@@ -169,52 +164,3 @@ def check_finite(model: nn.Module, source: str) -> None:
             f"{source} holds values that are not finite: {listing}. The training diverged, or the file is damaged: use "
             "another file"
         )
-
-
-def cached_file(url: str) -> Path:
-    """Return the file in torch's cache to which a URL is downloaded."""
-    return Path(torch.hub.get_dir()) / "checkpoints" / Path(urlparse(url).path).name
-
-
-def build_with_download(build: Callable[[], _M], *, name: str, weights: str, cached: Sequence[Path] = ()) -> _M:
-    """Build a network whose weights may have to be downloaded, in one process of a machine at a time.
-
-    The first process downloads the weights; the others wait and then find them in the cache.
-
-    Args:
-        build: Builds the network.
-        name: Name of the network in messages.
-        weights: Name of the published weights.
-        cached: The files in which the downloaded weights may lie.
-
-    Raises:
-        ValueError: The file in the cache is damaged, or its weights are not finite.
-        ConnectionError: The download failed; the message says how to go on without a network connection.
-    """
-    from filelock import FileLock
-
-    cache = Path(torch.hub.get_dir())
-    cache.mkdir(parents=True, exist_ok=True)
-    try:
-        with FileLock(cache / "tl_lightning.lock"):
-            model = build()
-    except Exception as error:
-        for file in filter(Path.is_file, cached):
-            try:
-                read_weights_file(file)
-            except ValueError as damage:
-                raise ValueError(
-                    f"{damage}. It holds the weights {weights!r} of {name} in the cache: delete it and run again, to "
-                    "download it again"
-                ) from error
-        if not isinstance(error, (URLError, OSError)):
-            raise
-        raise ConnectionError(
-            f"the weights {weights!r} of {name} are not in the cache and cannot be downloaded ({error}). Without a "
-            "network connection, download them elsewhere and pass the .pth or .safetensors file as weights (on the "
-            "command line --backbone.weights FILE). Or use the backbone EfficientNetLite (--backbone "
-            "EfficientNetLite), since its weights come with a package"
-        ) from error
-    places = "".join(f" in {str(file)!r}" for file in cached if file.is_file())
-    check_finite(model, f"the weights {weights!r} of {name}{places}")
-    return model
