@@ -68,10 +68,14 @@ def test_warning_that_lightning_gives_in_a_sound_run_is_hidden(module: object, f
     assert [str(warning.message) for warning in shown] == ["something else"]
 
 
-def test_advertisements_are_hidden_and_other_messages_are_not(caplog: pytest.LogCaptureFixture) -> None:
+def test_advertisements_are_hidden_and_other_messages_are_not(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with warnings.catch_warnings():
         warning_filters.filter_warnings()
     logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    monkeypatch.setattr(logger, "handlers", [caplog.handler])  # Lightning may keep its messages from the root logger
+    monkeypatch.setattr(logger, "propagate", False)
     with caplog.at_level(logging.INFO, logger.name):
         logger.info("\N{ELECTRIC LIGHT BULB} Tip: For seamless cloud logging")
         logger.info("GPU available: False, used: False")
