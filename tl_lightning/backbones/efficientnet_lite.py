@@ -4,9 +4,11 @@ import importlib
 import importlib.util
 from pathlib import Path
 
+from torch import nn
+
 from tl_lightning.backbones.timm import timm_preprocessing
 from tl_lightning.backbones.traced import TracedBackbone
-from tl_lightning.backbones.weights import is_path, load_weights_file, read_weights, unknown_weights
+from tl_lightning.backbones.weights import check_finite, is_path, load_weights_file, read_weights, unknown_weights
 from tl_lightning.utils.messages import unknown
 
 NAMES = ("efficientnet_lite0", "efficientnet_lite1", "efficientnet_lite2")
@@ -44,13 +46,24 @@ class EfficientNetLite(TracedBackbone):
             raise ValueError(unknown_weights(weights, ["DEFAULT"], of=name))
         model = timm.create_model(f"tf_{name}", num_classes=0)
         if weights == "DEFAULT":
-            # The package has the same tensors in the same order under other names; loading checks number and shapes.
-            tensors = read_weights(_packaged_file(name)).values()
-            model.load_state_dict(dict(zip(model.state_dict(), tensors, strict=False)))
+            _load_packaged(model, name)
         elif weights is not None:
             load_weights_file(model, weights, name=name, classifier="classifier")
         leaf_functions = timm.models.get_notrace_functions()  # type: ignore[no-untyped-call]  # timm ships no types
         super().__init__(model, name, timm_preprocessing(model).with_image_size(image_size), leaf_functions)
+
+
+def _load_packaged(model: nn.Module, name: str) -> None:
+    """Load the weights of a package, which has timm's tensors in the same order under other names, and a classifier."""
+    file = _packaged_file(name)
+    own, packaged = model.state_dict(), list(read_weights(file).values())
+    if [tensor.shape for tensor in packaged[:-2]] != [tensor.shape for tensor in own.values()]:
+        raise ValueError(
+            f"the weights file {str(file)!r} holds other tensors than timm's tf_{name}: install the package again, in "
+            "the version that tl_lightning was tested with"
+        )
+    model.load_state_dict(dict(zip(own, packaged, strict=False)))
+    check_finite(model, f"the weights file {str(file)!r}")
 
 
 def _packaged_file(name: str) -> Path:

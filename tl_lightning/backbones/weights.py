@@ -154,7 +154,8 @@ def check_finite(model: nn.Module, source: str) -> None:
     parameters = dict(model.named_parameters())
     found = []
     for name, tensor in model.state_dict().items():
-        if tensor.is_floating_point():
+        # A finite sum proves that all values are finite, in a third of the time.
+        if tensor.is_floating_point() and not tensor.sum().isfinite():
             may_be_infinite = name not in parameters and "running_" not in name
             wrong = int((tensor.isnan() if may_be_infinite else ~tensor.isfinite()).sum())
             found += [f"{wrong} of {tensor.numel()} in {name}"] if wrong else []
