@@ -37,6 +37,7 @@ def _run(before: Mapping[signal.Signals, Any]) -> None:
     from tl_lightning.cli import TransferCLI
     from tl_lightning.cli import main as run
     from tl_lightning.cli.exit_codes import explain_failure
+    from tl_lightning.lightning_fixes.finite_guard import NotFiniteError
 
     def terminate(number: int, frame: FrameType | None) -> None:
         raise SIGTERMException
@@ -55,6 +56,8 @@ def _run(before: Mapping[signal.Signals, Any]) -> None:
             sys.exit(128 + signal.SIGINT)
         raise
     except Exception as error:
+        if isinstance(error, NotFiniteError) and os.environ.get("LOCAL_RANK", "0") != "0":
+            sys.exit(0)  # all ranks raise it, so the first one fails for all, as above
         explained = explain_failure(error, has_begun=TransferCLI.has_begun)
         if explained is None or os.environ.get("TL_LIGHTNING_TRACEBACK"):
             raise

@@ -7,7 +7,7 @@ from tl_lightning.callbacks.probe_fallback import ProbeFallback
 from tl_lightning.callbacks.progress import Progress
 from tl_lightning.callbacks.staged_unfreezing import StagedUnfreezing
 from tl_lightning.callbacks.summary import Summary
-from tl_lightning.lightning_fixes.finite_guard import FiniteGuard
+from tl_lightning.lightning_fixes.finite_guard import FiniteGuard, NotFiniteError
 from tl_lightning.modules._frozen_guard import FrozenDriftError, FrozenGuard
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "FiniteGuard",
     "FrozenDriftError",
     "FrozenGuard",
+    "NotFiniteError",
     "Plan",
     "PredictionWriter",
     "ProbeFallback",

@@ -22,6 +22,10 @@ from tl_lightning import optim
 from tl_lightning.utils.distributed import all_gather_object, rank_and_world_size
 
 
+class NotFiniteError(FloatingPointError):
+    """The loss or the weights of a run are not finite; all ranks raise it together."""
+
+
 class FiniteGuard(Callback):
     """Stop a run whose loss, or at the end of an epoch a weight, is infinite or not a number.
 
@@ -62,7 +66,7 @@ class FiniteGuard(Callback):
         """Stop the run, or skip the step, if a loss of this step is not finite on any rank.
 
         Raises:
-            FloatingPointError: A loss is not finite, and steps are not skipped.
+            NotFiniteError: A loss is not finite, and steps are not skipped.
         """
         if self._check is None:
             return
@@ -79,7 +83,7 @@ class FiniteGuard(Callback):
             f"(learning rates: {_learning_rates(optimizer)})"
         )
         if not self.skip_steps:
-            raise FloatingPointError(
+            raise NotFiniteError(
                 f"{text}; the run stops before this step, and {_last_good_checkpoint(trainer)}. Start a new run with a "
                 "lower learning rate, or skip such steps: FiniteGuard(skip_steps=True) among the trainer's callbacks"
             )
@@ -102,7 +106,7 @@ class FiniteGuard(Callback):
         """Check the weights before the checkpoint of the epoch replaces a good one.
 
         Raises:
-            FloatingPointError: A weight is not finite.
+            NotFiniteError: A weight is not finite.
         """
         tensors: list[tuple[str, Tensor]] = [
             (name, parameter) for name, parameter in pl_module.named_parameters() if parameter.requires_grad
@@ -112,7 +116,7 @@ class FiniteGuard(Callback):
         if trainer.strategy.reduce_boolean_decision(not flags or bool(torch.stack(flags).all())):
             return
         names = [name for (name, _), finite in zip(tensors, flags, strict=True) if not finite]
-        raise FloatingPointError(
+        raise NotFiniteError(
             f"the weights {', '.join(names[:3]) or 'of another rank'}{' and others' if len(names) > 3 else ''} are not "
             f"finite at the end of epoch {trainer.current_epoch}, although the losses were; "
             f"{_last_good_checkpoint(trainer)}. Start a new run with a lower learning rate"
