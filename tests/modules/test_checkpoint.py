@@ -218,10 +218,14 @@ def test_damaged_checkpoints_are_refused_and_the_damage_is_named(checkpoint: Pat
         (lambda c: c["state_dict"]["head.linear.bias"].add_(1), "the weights of the head in .* are not the saved ones"),
         (
             lambda c: c["tl_lightning"]["model"]["init_args"].update(num_classes=5),
-            "does not fit its code or its weights",
+            "model.num_classes is 5, but there are 2 names for its classes",
         ),
-        (lambda c: c["tl_lightning"]["model"]["init_args"].update(colour=1), "does not fit its code or its weights"),
-        (lambda c: c["tl_lightning"].update(class_names=["a", "b", "c"]), "3 names for 2 classes"),
+        (lambda c: c["tl_lightning"]["model"]["init_args"].update(lr=0.0), r"does not fit .* \(ValueError: lr is 0"),
+        (
+            lambda c: c["tl_lightning"]["model"]["init_args"].update(colour=1),
+            "`model.colour` is not an argument of LinearProbe",
+        ),
+        (lambda c: c["tl_lightning"].update(class_names=["a", "b", "c"]), "there are 3 names for its classes"),
     ):
         checkpoint.write_bytes(whole)
         with pytest.raises(ValueError, match=message):

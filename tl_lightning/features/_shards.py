@@ -2,8 +2,6 @@
 
 import hashlib
 import math
-import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import IO
 
@@ -11,6 +9,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
+
+from tl_lightning.utils.files import write_atomically
 
 Shard = npt.NDArray[np.generic]
 """Rows as they lie on disk; bfloat16, which numpy lacks, as 16-bit integers."""
@@ -55,7 +55,7 @@ def write_shard(path: Path, rows: Tensor) -> None:
         np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(array))
         file.write(array.data)
 
-    replace(path, write)
+    write_atomically(path, write)
 
 
 def is_whole(shard: Path, rows: int) -> bool:
@@ -77,13 +77,3 @@ def file_digest(path: Path) -> str:
         while chunk := file.read(_CHUNK_BYTES):
             digest.update(chunk)
     return digest.hexdigest()
-
-
-def replace(path: Path, write: Callable[[IO[bytes]], object]) -> None:
-    """Write a file, all at once or not at all."""
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.part")
-    with unfinished.open("wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
-    unfinished.replace(path)

@@ -14,8 +14,9 @@ from filelock import FileLock
 from torch import Tensor
 
 from tl_lightning.features._manifest import MANIFEST, Block, Layout, Manifest, StaleStoreError, read_manifest
-from tl_lightning.features._shards import NUMPY, Shard, file_digest, is_whole, open_shard, replace, write_shard
+from tl_lightning.features._shards import NUMPY, Shard, file_digest, is_whole, open_shard, write_shard
 from tl_lightning.features.cache_key import DTYPES, CacheKey
+from tl_lightning.utils.files import write_atomically
 
 BLOCK = 256
 """Rows of a shard. The rows computed together never depend on the ranks, on restarts or on the batch size."""
@@ -212,5 +213,5 @@ class FeatureStore:
         text = Manifest(self.cache_key, layout, {block: digests[block.file] for block in blocks}).to_json()
         for left in self.folder.glob(".*.part"):
             left.unlink()
-        replace(self.folder / MANIFEST, lambda file: file.write(text))
+        write_atomically(self.folder / MANIFEST, lambda file: file.write(text))
         self.reload()

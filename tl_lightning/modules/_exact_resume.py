@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -10,7 +11,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerStatus
 
-from tl_lightning.lightning_fixes import checks
+from tl_lightning.lightning_fixes import atomic_checkpoints, checks
 from tl_lightning.lightning_fixes.finite_guard import FiniteGuard
 from tl_lightning.lightning_fixes.model_parallel import configure_strategy, load_optimizer_state
 from tl_lightning.lightning_fixes.plateau import StepOnPlateau
@@ -63,6 +64,7 @@ class ExactResume(Callback):
         if trainer.strategy.root_device.type == "cpu":
             keep_freed_memory()
         configure_strategy(trainer.strategy, stage)
+        atomic_checkpoints.install(trainer.strategy, partial(checkpoints.read_for_trainer, classifier))
         if stage == "fit":
             checkpoints.check(classifier)  # again: parts may have been replaced since construction
             checks.check_callbacks(trainer)
@@ -119,9 +121,11 @@ class ExactResume(Callback):
         """Correct the progress counts and the optimizer state that Lightning restores wrongly.
 
         Raises:
-            ValueError: The checkpoint's optimizer has other groups, since other stages may train.
+            ValueError: The checkpoint's optimizer has other groups, since other stages may train; or it is damaged.
         """
         classifier = _classifier(pl_module)
+        if not atomic_checkpoints.is_installed(trainer.strategy):  # a plugin of the user has read it
+            checkpoints.check_weights(str(trainer.ckpt_path), checkpoint, classifier.state_dict())
         checks.load_data_state(getattr(trainer, "datamodule", None), checkpoint)
         if trainer.state.fn != "fit":
             return

@@ -15,7 +15,9 @@ from typing_extensions import Self
 
 TRUSTED_PACKAGES = ("tl_lightning", "torch", "torchvision", "timm")
 
-_KIND = "__made_of__"  # a key inside checkpoints
+KIND = "__made_of__"
+"""The key of a description that tells whether it is of a class, a partial or an object."""
+
 _PRIMITIVES = (type(None), bool, int, float, str)
 
 
@@ -81,7 +83,7 @@ def to_config(value: Any) -> Any:
     if isinstance(value, dict):
         return {to_config(key): to_config(item) for key, item in value.items()}
     if isinstance(value, type):
-        return {_KIND: "class", "class_path": class_path(value)}
+        return {KIND: "class", "class_path": class_path(value)}
     factory = as_factory(value)
     if factory is not None and isinstance(factory.func, type):
         return _call_config("partial", factory.func, factory.args, factory.keywords)
@@ -114,7 +116,7 @@ def as_factory(value: Any) -> functools.partial[nn.Module] | None:
 
 def _call_config(kind: str, cls: type, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """Describe the call of a class, made already ("object") or to be made ("partial")."""
-    config = {_KIND: kind, "class_path": class_path(cls), "init_args": to_config(dict(kwargs))}
+    config = {KIND: kind, "class_path": class_path(cls), "init_args": to_config(dict(kwargs))}
     return config | ({"args": to_config(list(args))} if args else {})
 
 
@@ -128,13 +130,13 @@ def from_config(config: Any) -> Any:
         return [from_config(item) for item in config]
     if not isinstance(config, dict):
         return config
-    if _KIND not in config:
+    if KIND not in config:
         return {key: from_config(item) for key, item in config.items()}
     cls = trusted_class(config["class_path"])
-    if config[_KIND] == "class":
+    if config[KIND] == "class":
         return cls
     args, kwargs = from_config(config.get("args", [])), from_config(config["init_args"])
-    return functools.partial(cls, *args, **kwargs) if config[_KIND] == "partial" else cls(*args, **kwargs)
+    return functools.partial(cls, *args, **kwargs) if config[KIND] == "partial" else cls(*args, **kwargs)
 
 
 def without_weights(config: Any) -> Any:
