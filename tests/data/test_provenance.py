@@ -7,6 +7,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import pytest
+import torch
 from PIL import Image, ImageOps
 
 from tests.data.folders import data
@@ -136,3 +137,54 @@ def test_resuming_on_other_images_is_refused(photos: Path, checkpoint: Path) -> 
     trainer = pl.Trainer(max_epochs=2, logger=False, enable_progress_bar=False, enable_checkpointing=False)
     with pytest.raises(ValueError, match="a resumed run would not be the same run"):
         trainer.fit(LinearProbe(TinyBackbone(), num_classes=3), data(photos, seed=2), ckpt_path=checkpoint)
+
+
+def resume(root: Path, checkpoint: Path, **options: Any) -> None:
+    trainer = pl.Trainer(
+        max_epochs=1, logger=False, enable_progress_bar=False, enable_checkpointing=False, enable_model_summary=False
+    )
+    trainer.fit(LinearProbe(TinyBackbone(), num_classes=3), data(root, seed=1, **options), ckpt_path=checkpoint)
+
+
+def invert(image: Path) -> None:
+    with Image.open(image) as opened:
+        changed = ImageOps.invert(opened.convert("RGB"))
+    changed.save(image)
+
+
+def test_resuming_on_overwritten_images_is_refused_and_they_are_named(
+    photos: Path, checkpoint: Path, tmp_path: Path
+) -> None:
+    """A run on cached features is the same run, so it is refused too."""
+    root = tmp_path / "photos"
+    shutil.copytree(photos, root)
+    resume(root, checkpoint)  # the folder has moved with equal content
+    trained_on = data(root, seed=1).splits["train"].files
+    invert(root / trained_on[3])
+    with pytest.raises(ValueError, match=rf"the content of 1 of the {len(trained_on)} training .*: {trained_on[3]}\. "):
+        resume(root, checkpoint)
+    for image in root.rglob("*.png"):
+        invert(image)
+    said = rf"the content of {len(trained_on) - 1} of the {len(trained_on)} .*: {trained_on[0]}, .* and \d+ more\. "
+    with pytest.raises(ValueError, match=said):
+        resume(root, checkpoint)
+    stored = CachedFeaturesDataModule(data(root, seed=1), cache_dir=str(tmp_path / "features"))
+    with pytest.raises(ValueError, match=said):
+        trainer(tmp_path).fit(LinearProbe(TinyBackbone(), num_classes=3), stored, ckpt_path=checkpoint)
+
+
+def test_resuming_on_another_folder_with_the_same_names_is_refused(
+    photos: Path, checkpoint: Path, tmp_path: Path
+) -> None:
+    other = image_folder(tmp_path / "other", {"cat": 13, "ant": 12, "bee": 16})  # other pixels under the same names
+    with pytest.raises(ValueError, match=r"the content of \d+ of the \d+ training images .* has changed"):
+        resume(other, checkpoint)
+
+
+def test_checkpoint_of_an_earlier_version_without_image_ids_resumes(
+    photos: Path, checkpoint: Path, tmp_path: Path
+) -> None:
+    content = torch.load(checkpoint, weights_only=True)
+    del content["ImageFolderDataModule"]["images"]["each"]
+    torch.save(content, tmp_path / "older.ckpt")
+    resume(photos, tmp_path / "older.ckpt")

@@ -19,7 +19,6 @@ from lightning.pytorch.plugins.io import AsyncCheckpointIO, TorchCheckpointIO
 from tests.staged import classifier, images, trainer
 from tl_lightning.lightning_fixes.atomic_checkpoints import AtomicCheckpointIO
 
-
 SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - another file system than that of tmp_path
 
 

@@ -1,6 +1,7 @@
 """A data module that resumes training within an epoch."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,10 @@ class ResumableDataModule(ImageSource, LightningDataModule, ABC):
     @abstractmethod
     def image_ids(self, split: str) -> Tensor:
         """Return a number for each image of a split (N,), int64, that identifies the image in later runs."""
+
+    def training_files(self) -> Sequence[str]:
+        """Return the training images, in the order of their IDs, for messages; empty if they have no names."""
+        return ()
 
     def make_batch_sampler(self, length: int, *, shuffle: bool) -> DistributedBatchSampler:
         """Make the batch sampler of this rank.
@@ -93,7 +98,7 @@ class ResumableDataModule(ImageSource, LightningDataModule, ABC):
             scored = self.image_ids(_SCORED_SPLITS[running])
             check_unseen(state_dict["images"], self.provenance(), scored, self.root)
         if running == "fit":
-            check_resumed_images(state_dict["images"], self.provenance(), self.root)
+            check_resumed_images(state_dict["images"], self.provenance(), self.root, self.training_files())
             self._resume_position = state_dict["place"]
             if self._train_loader is not None and self._resume_position is not None:
                 self._train_loader.load_state_dict(self._resume_position)

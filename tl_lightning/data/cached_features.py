@@ -1,6 +1,6 @@
 """Serve cached activations of a backbone in place of images."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -103,6 +103,10 @@ class CachedFeaturesDataModule(ResumableDataModule):
     def image_ids(self, split: str) -> Tensor:
         """Return a number that identifies each image of a split (N,), int64."""
         return self.images.image_ids(split)
+
+    def training_files(self) -> Sequence[str]:
+        """Return the training images, in the order of their IDs."""
+        return self.images.training_files()
 
     # The cached activations -----------------------------------------------------------------------------------------
 

@@ -210,6 +210,10 @@ class ImageFolderDataModule(ResumableDataModule):
             self._image_ids[split] = compute_image_ids(self.root, files)
         return self._image_ids[split]
 
+    def training_files(self) -> Sequence[str]:
+        """Return the training images, in the order of their IDs."""
+        return self.splits["train"].files if "train" in self.splits else ()
+
     @property
     def effective_num_workers(self) -> int:
         """Number of worker processes that load images, also if ``num_workers`` is None."""

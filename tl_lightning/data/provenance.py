@@ -13,6 +13,7 @@ from tl_lightning.data._folder_index import split_folders
 from tl_lightning.data.splits import TRAIN, Samples
 
 _EXCERPT_BYTES = 4096
+_LISTED = 3
 
 
 class Provenance(TypedDict):
@@ -35,7 +36,7 @@ def compute_image_ids(root: Path, files: Sequence[str]) -> Tensor:
 
     The number is a hash of the path in the folder, the size, and the bytes in the middle of the file. Other photos
     often have the same names, and in some formats the same size. Reading all bytes of a large folder would take
-    minutes.
+    minutes. So a change elsewhere in the file that keeps its size is not noticed, as one of a few pixels in a bitmap.
     """
     digests = (hashlib.blake2b(_excerpt(root, file), digest_size=8).digest() for file in files)
     return torch.tensor([int.from_bytes(digest, "big", signed=True) for digest in digests], dtype=torch.int64)
@@ -75,13 +76,14 @@ def describe_training_images(root: Path, splits: Mapping[str, Samples], seed: in
     }
 
 
-def check_resumed_images(saved: Provenance, current: Provenance, root: Path) -> None:
-    """Check that a resumed run trains on the same images.
+def check_resumed_images(saved: Provenance, current: Provenance, root: Path, files: Sequence[str] = ()) -> None:
+    """Check that a resumed run trains on the same images, with the same content.
 
     Args:
         saved: Provenance in the checkpoint.
         current: Provenance of the present data.
         root: Folder of the images, for the message.
+        files: The training images, in the order of their IDs, for the message.
 
     Raises:
         ValueError: The images differ.
@@ -90,6 +92,17 @@ def check_resumed_images(saved: Provenance, current: Provenance, root: Path) -> 
         raise ValueError(
             f"the checkpoint was trained on other images of {str(root)!r}, so a resumed run would not be the "
             f"same run: {_difference(saved, current)}"
+        )
+    if "each" not in saved:  # an earlier version wrote the checkpoint
+        return
+    changed = (saved["each"] != current["each"]).nonzero().flatten().tolist()
+    if changed:
+        names = [files[place] for place in changed[:_LISTED]] if files else []
+        more = f" and {len(changed) - len(names)} more" * (len(changed) > len(names) > 0)
+        raise ValueError(
+            f"the content of {len(changed)} of the {len(saved['each'])} training images in {str(root)!r} has changed "
+            f"since the checkpoint{': ' * bool(names)}{', '.join(names)}{more}. Restore these files, or give the "
+            "folder that the run was trained on; to train on the new content, leave --ckpt_path out"
         )
 
 
