@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from tl_lightning.modules._checkpoint_file import DamagedCheckpointError, load_file, newest_sound
-from tl_lightning.modules._description import FORMAT, check_content, check_format
+from tl_lightning.modules._description import FORMAT, check_content, check_format, check_training_state
 from tl_lightning.utils.hashing import fingerprint
 from tl_lightning.utils.paths import short_path
 
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from tl_lightning.modules.base import TransferClassifier
 
 KEY = "tl_lightning"
+_T = TypeVar("_T")
 _SHOWN = 3
 
 _MOVED_MODULES = {
@@ -75,6 +76,8 @@ def read_for_trainer(classifier: TransferClassifier, path: Path, unpickle: bool)
         checkpoint: dict[str, Any] = load_file(path, unpickle=unpickle)
         if isinstance(checkpoint.get(KEY), dict):
             _check_description(path, checkpoint)
+        if classifier._trainer is not None and classifier.trainer.state.fn == "fit":
+            _name_file(path, check_training_state, checkpoint)
         check_weights(path, checkpoint, classifier.state_dict())
     return checkpoint
 
@@ -119,19 +122,22 @@ def _is_sound(path: Path) -> bool:
 def _check_description(path: Path, checkpoint: dict[str, Any]) -> None:
     """Check the fields of a description, and bring it up to date."""
     description = checkpoint[KEY]
-    try:
-        later = check_format(description) > FORMAT
-        if not later:
-            if "model" in description:
-                description["model"] = _with_moved_classes(description["model"])
-            check_content(checkpoint, description)
-    except ValueError as error:
-        raise DamagedCheckpointError(f"the checkpoint {str(path)!r} is damaged: {error}") from error
-    if later:
+    if _name_file(path, check_format, description) > FORMAT:
         raise ValueError(
             f"{str(path)!r} was written by tl_lightning {description.get('version')}, in a later format; update "
             "tl_lightning"
         )
+    if "model" in description:
+        description["model"] = _with_moved_classes(description["model"])
+    _name_file(path, check_content, checkpoint, description)
+
+
+def _name_file(path: Path, check: Callable[..., _T], *fields: Any) -> _T:
+    """Run a check of fields, and name the file if it fails."""
+    try:
+        return check(*fields)
+    except ValueError as error:
+        raise DamagedCheckpointError(f"the checkpoint {str(path)!r} is damaged: {error}") from error
 
 
 def check_hashes(path: str | Path, checkpoint: Mapping[str, Any]) -> None:

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from tl_lightning.transforms import Preprocessing, eval_transform
 from tl_lightning.utils.config_checks import check_config, wrong_value
+from tl_lightning.utils.serialization import KIND
 
 FORMAT = 1
 
@@ -60,6 +61,22 @@ def check_content(content: Mapping[str, Any], description: Mapping[str, Any]) ->
     _check_place(description)
 
 
+def check_training_state(content: Mapping[str, Any]) -> None:
+    """Check that a checkpoint holds the state of a training that can be resumed.
+
+    Raises:
+        ValueError: It does not, or a part is of another type; the message names it.
+    """
+    lacks = [name for name in ("optimizer_states", "lr_schedulers", "loops", "callbacks") if name not in content]
+    if lacks:
+        raise ValueError(f"it lacks {', '.join(lacks)}, the state of its training, so no run can resume from it")
+    for name in ("optimizer_states", "lr_schedulers"):
+        if not _is_list_of(dict, content[name]):
+            raise _wrong(name, content[name], "it must list mappings")
+    if not isinstance(content["loops"].get("fit_loop"), dict):
+        raise _wrong("loops.fit_loop", content["loops"].get("fit_loop"), "it must map names to counts")
+
+
 def check_format(description: Mapping[str, Any]) -> int:
     """Return the format of a description, which decides how to read the rest.
 
@@ -103,7 +120,7 @@ def to_preprocessing(fields: Any) -> Preprocessing:
 
 
 def _check_model(model: Any, class_names: Any, state: Mapping[str, Tensor]) -> None:
-    check_config(model, "model")
+    check_config(model | {KIND: "object"} if isinstance(model, dict) else model, "model")
     check_config(model.get("backbone"), "model.backbone")
     if class_names is not None and not _is_list_of(str, class_names):
         raise _wrong("class_names", class_names, "it must list the names of the classes, or be None")

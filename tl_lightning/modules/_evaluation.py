@@ -6,8 +6,10 @@ from lightning.pytorch import LightningModule
 from torch import Tensor
 from torchmetrics import MetricCollection
 
-from tl_lightning.batch import PADDING, Batch
+from tl_lightning.batch import PADDING, Batch, ImageSource
 from tl_lightning.lightning_fixes.mean_loss import MeanLoss
+
+_LISTED = 3
 
 
 class EvaluationMixin(LightningModule):
@@ -54,5 +56,24 @@ class EvaluationMixin(LightningModule):
 
         Shape:
             Output: (N, K), including padding rows; ``batch.index`` tells them apart.
+
+        Raises:
+            ValueError: The logits of an image are not finite, so that it has no probabilities.
         """
-        return self.forward_from(batch.inputs, batch.boundary).float().softmax(-1)
+        logits = self.forward_from(batch.inputs, batch.boundary).float()
+        bad = batch.index[~logits.isfinite().all(-1) & (batch.index != PADDING)].tolist()
+        if bad:
+            raise ValueError(self._without_probabilities(bad))
+        return logits.softmax(-1)
+
+    def _without_probabilities(self, indices: list[int]) -> str:
+        """Say which images of the prediction have logits that are not finite."""
+        data = getattr(self.trainer, "datamodule", None)
+        files = data.predict_files if isinstance(data, ImageSource) else ()
+        named = [files[index] if index < len(files) else f"number {index}" for index in indices[:_LISTED]]
+        more = f" and {len(indices) - _LISTED} more of this batch" if len(indices) > _LISTED else ""
+        model = f"the checkpoint {str(self.trainer.ckpt_path)!r}" if self.trainer.ckpt_path else "the model"
+        return (
+            f"{model} gives logits that are not finite for the image {', '.join(named)}{more}, so there are no "
+            "probabilities to write. Remove these images, or predict with --trainer.precision 32-true"
+        )

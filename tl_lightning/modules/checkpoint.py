@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from textwrap import shorten
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -144,7 +145,8 @@ def _refuse_wrong_arguments(path: str | Path, config: dict[str, Any], *, own_onl
 
 
 def _misfit(path: str | Path, saved: type, error: Exception) -> ValueError:
+    reason = shorten(str(error), width=300, placeholder=" ...")
     return ValueError(
         f"the description of {saved.__name__} in {str(path)!r} does not fit its code or its weights "
-        f"({type(error).__name__}: {error}); the file is damaged, or the code has changed since"
+        f"({type(error).__name__}: {reason}); the file is damaged, or the code has changed since"
     )

@@ -27,7 +27,7 @@ def check_config(config: Any, place: str) -> None:
     if not isinstance(config, dict) or not isinstance(config.get("class_path"), str):
         found = config.get("class_path") if isinstance(config, dict) else config
         raise _wrong(f"{place}.class_path", found, "it must be the dotted path of a class")
-    kind = config.get(KIND, "object")
+    kind = config.get(KIND)
     if kind not in _KINDS:
         raise _wrong(f"{place}.{KIND}", kind, f"it must be one of {', '.join(_KINDS)}")
     named, positional = config.get("init_args", {} if kind == "class" else None), config.get("args", [])
