@@ -11,9 +11,9 @@ from torch import Tensor
 
 from tl_lightning.data._folder_index import split_folders
 from tl_lightning.data.splits import TRAIN, Samples
+from tl_lightning.utils.messages import listed
 
 _EXCERPT_BYTES = 4096
-_LISTED = 3
 
 
 class Provenance(TypedDict):
@@ -97,12 +97,11 @@ def check_resumed_images(saved: Provenance, current: Provenance, root: Path, fil
         return
     changed = (saved["each"] != current["each"]).nonzero().flatten().tolist()
     if changed:
-        names = [files[place] for place in changed[:_LISTED]] if files else []
-        more = f" and {len(changed) - len(names)} more" * (len(changed) > len(names) > 0)
+        names = f": {listed([files[place] for place in changed])}" if files else ""
         raise ValueError(
             f"the content of {len(changed)} of the {len(saved['each'])} training images in {str(root)!r} has changed "
-            f"since the checkpoint{': ' * bool(names)}{', '.join(names)}{more}. Restore these files, or give the "
-            "folder that the run was trained on; to train on the new content, leave --ckpt_path out"
+            f"since the checkpoint{names}. Restore these files, or give the folder that the run was trained on; to "
+            "train on the new content, leave --ckpt_path out"
         )
 
 

@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 from tl_lightning.modules._checkpoint_file import DamagedCheckpointError, load_file, newest_sound
 from tl_lightning.modules._description import FORMAT, check_content, check_format, check_training_state
 from tl_lightning.utils.hashing import fingerprint
+from tl_lightning.utils.messages import listed
 from tl_lightning.utils.paths import short_path
 
 if TYPE_CHECKING:
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
 
 KEY = "tl_lightning"
 _T = TypeVar("_T")
-_SHOWN = 3
 
 _MOVED_MODULES = {
     "tl_lightning.heads.trained": "tl_lightning.heads.neural",
@@ -169,10 +169,9 @@ def check_finite(path: str | Path, checkpoint: Mapping[str, Any], expected: Mapp
         state = checkpoint.get(key, {})
         bad = [name for name, tensor in state.items() if not (_is_finite(tensor) or _equal(tensor, expected.get(name)))]
         if bad:
-            listed = ", ".join(bad[:_SHOWN]) + (f" and {len(bad) - _SHOWN} more" if len(bad) > _SHOWN else "")
             raise DamagedCheckpointError(
                 f"{len(bad)} of the {len(state)} tensors in the checkpoint {str(path)!r} hold values that are not "
-                f"finite: {listed}. Training had diverged; use an earlier checkpoint, or train with a lower rate"
+                f"finite: {listed(bad)}. Training had diverged; use an earlier checkpoint, or train with a lower rate"
             )
 
 

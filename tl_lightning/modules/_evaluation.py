@@ -8,8 +8,7 @@ from torchmetrics import MetricCollection
 
 from tl_lightning.batch import PADDING, Batch, ImageSource
 from tl_lightning.lightning_fixes.mean_loss import MeanLoss
-
-_LISTED = 3
+from tl_lightning.utils.messages import listed
 
 
 class EvaluationMixin(LightningModule):
@@ -70,10 +69,9 @@ class EvaluationMixin(LightningModule):
         """Say which images of the prediction have logits that are not finite."""
         data = getattr(self.trainer, "datamodule", None)
         files = data.predict_files if isinstance(data, ImageSource) else ()
-        named = [files[index] if index < len(files) else f"number {index}" for index in indices[:_LISTED]]
-        more = f" and {len(indices) - _LISTED} more of this batch" if len(indices) > _LISTED else ""
+        named = listed([files[index] if index < len(files) else f"number {index}" for index in indices])
         model = f"the checkpoint {str(self.trainer.ckpt_path)!r}" if self.trainer.ckpt_path else "the model"
         return (
-            f"{model} gives logits that are not finite for the image {', '.join(named)}{more}, so there are no "
+            f"{model} gives logits that are not finite for the image {named}, so there are no "
             "probabilities to write. Remove these images, or predict with --trainer.precision 32-true"
         )
