@@ -1,11 +1,12 @@
 """A checkpoint that does not exist, is damaged, is not trusted or does not fit is refused with advice."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.cli.runs import PARTIAL, Run, fit
+from tests.cli.runs import BACKBONE, PARTIAL, Run, fit, on_cpu
 from tests.doubles import image_folder
 from tl_lightning.cli import main
 from tl_lightning.cli.resume_checks import check_exists, check_trusted_classes
@@ -50,6 +51,26 @@ def test_file_that_is_damaged_or_no_checkpoint_is_named(command: str, photos: Pa
         file.write_bytes(content)
         with pytest.raises(ValueError, match=f"{number}.ckpt' cannot be read safely"):
             main([command, f"--data.root={photos}", f"--ckpt_path={file}"])
+
+
+@pytest.mark.parametrize("command", ["fit", "test", "predict"])
+def test_flipped_bit_is_refused_and_a_sound_checkpoint_is_named(
+    command: str, photos: Path, short: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(shutil.copytree(short.folder, tmp_path / "runs" / "version_0"))
+    content = bytearray(short.last.read_bytes())
+    content[len(content) // 2] ^= 1
+    Path("checkpoints/last.ckpt").write_bytes(content)
+    before = contents(tmp_path)
+    options = [BACKBONE, *PARTIAL, "--trainer.max_epochs=2"] if command == "fit" else []
+    given = [command, *on_cpu(photos, tmp_path / "runs"), "--ckpt_path=checkpoints/last.ckpt"]
+    with pytest.raises(ValueError, match=r"Bad CRC-32 .*sound checkpoint there is 'checkpoints/best\.ckpt'$"):
+        main([*given, *options])
+    assert contents(tmp_path) == before
+
+
+def contents(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != ".lock"}
 
 
 def test_untrusted_classes_are_listed_with_the_options_that_trust_them(short: Run) -> None:

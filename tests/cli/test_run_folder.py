@@ -63,10 +63,16 @@ def test_run_resumes_from_the_last_checkpoint_that_is_not_damaged(short: Run, tm
             shutil.copyfile(short.last, folder / f"{name}.ckpt")
         shutil.copyfile(short.best, folder / "best.ckpt")
     assert find_resumable_checkpoint(tmp_path)[0] == newer / "step.ckpt"
-    (newer / "step.ckpt").write_bytes(short.last.read_bytes()[:999])  # the run was killed while it wrote
-    found, content = find_resumable_checkpoint(tmp_path)
-    assert found == newer / "last.ckpt"
-    assert content["epoch"] == 0
+    content = bytearray(short.last.read_bytes())
+    content[len(content) // 2] ^= 1  # a bit of a tensor
+    for damaged in (bytes(content), b"", short.last.read_bytes()[:999]):
+        (newer / "step.ckpt").write_bytes(damaged)
+        with pytest.warns(
+            UserWarning, match=r"step\.ckpt' cannot be read safely .* resumes from .*4/checkpoints/last\.ck"
+        ):
+            found, mapped = find_resumable_checkpoint(tmp_path)
+        assert found == newer / "last.ckpt"
+        assert mapped["epoch"] == 0
     (newer / "last.ckpt").unlink()
     with pytest.raises(FileNotFoundError, match=r"the newest run cannot be resumed: the checkpoint .* cannot be read"):
         find_resumable_checkpoint(tmp_path)  # rather than resume the older run

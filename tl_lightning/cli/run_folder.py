@@ -5,9 +5,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
-from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 
 from tl_lightning.modules import checkpoint
+from tl_lightning.utils.paths import short_path
 
 _PREFIX = "version_"
 _WITHOUT_RESULTS = re.compile(
@@ -78,13 +79,16 @@ def find_resumable_checkpoint(root: Path) -> tuple[Path, dict[str, Any]]:
     for run in _newest_first(root):
         files = [file for file in run.glob("checkpoints/*.ckpt") if file.name not in _NOT_RESUMABLE]
         damage = None
-        for file in sorted(files, key=lambda file: file.stat().st_mtime_ns, reverse=True):
+        for file in checkpoint.newest_first(files):
             try:
+                checkpoint.check_checksums(file)
                 content = checkpoint.read(file, mmap=True)
-            except ValueError as error:  # the run was killed while it wrote the file
-                damage = error
+            except (ValueError, OSError) as error:
+                damage = damage or error
                 continue
             if content.get("optimizer_states"):
+                if damage is not None:
+                    rank_zero_warn(f"{damage}. The run resumes from {short_path(file)}, the newest sound checkpoint")
                 return file, content
         if damage is not None:  # rather than resume another run
             raise FileNotFoundError(f"the newest run cannot be resumed: {damage}") from damage

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -72,11 +73,12 @@ def read_for_trainer(classifier: TransferClassifier, path: Path, unpickle: bool)
     """
     if not path.is_file():
         raise FileNotFoundError(f"the checkpoint {str(path)!r} does not exist (looked in {path.resolve().parent})")
-    with name_sound_checkpoint(path):
+    resumes = classifier._trainer is not None and classifier.trainer.state.fn == "fit"
+    with name_sound_checkpoint(path, resumable=resumes):
         checkpoint: dict[str, Any] = load_file(path, unpickle=unpickle)
         if isinstance(checkpoint.get(KEY), dict):
             _check_description(path, checkpoint)
-        if classifier._trainer is not None and classifier.trainer.state.fn == "fit":
+        if resumes:
             _name_file(path, check_training_state, checkpoint)
         check_weights(path, checkpoint, classifier.state_dict())
     return checkpoint
@@ -99,21 +101,28 @@ def check_weights(path: str | Path, checkpoint: Mapping[str, Any], expected: Map
 
 
 @contextmanager
-def name_sound_checkpoint(path: str | Path) -> Iterator[None]:
-    """If a checkpoint turns out to be damaged, add to the message the newest sound one in its folder."""
+def name_sound_checkpoint(path: str | Path, *, resumable: bool = False) -> Iterator[None]:
+    """If a checkpoint turns out to be damaged, add to the message the newest sound one in its folder.
+
+    Args:
+        path: The checkpoint file.
+        resumable: Name only a checkpoint that a run can resume from.
+    """
     try:
         yield
     except DamagedCheckpointError as error:
-        sound = newest_sound(Path(path), _is_sound)
+        sound = newest_sound(Path(path), partial(_is_sound, resumable=resumable))
         if sound is None:
             raise
         raise DamagedCheckpointError(f"{error}. The newest sound checkpoint there is {short_path(sound)!r}") from error
 
 
-def _is_sound(path: Path) -> bool:
+def _is_sound(path: Path, *, resumable: bool) -> bool:
     try:
         checkpoint = read(path)
         check_weights(path, checkpoint, {})
+        if resumable:
+            check_training_state(checkpoint)
     except (ValueError, OSError):
         return False
     return True

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from tl_lightning import __version__
+from tl_lightning.modules._checkpoint_file import check_checksums, newest_first
 from tl_lightning.modules._checkpoint_reading import (
     KEY,
     check_finite,
@@ -31,7 +32,18 @@ if TYPE_CHECKING:
 
     _C = TypeVar("_C", bound=TransferClassifier)
 
-__all__ = ["KEY", "check", "check_weights", "describe", "load", "name_sound_checkpoint", "read", "read_for_trainer"]
+__all__ = [
+    "KEY",
+    "check",
+    "check_checksums",
+    "check_weights",
+    "describe",
+    "load",
+    "name_sound_checkpoint",
+    "newest_first",
+    "read",
+    "read_for_trainer",
+]
 
 
 def check(classifier: TransferClassifier) -> None:
