@@ -13,7 +13,7 @@ def test_prediction_without_probabilities_names_the_images_and_the_checkpoint(ph
     model, data = classifier(), images(photos)
     run.fit(model, data)
     with torch.no_grad():
-        model.head.linear.weight.fill_(3e38)  # finite, but its products are not
+        model.get_parameter("head.linear.weight").fill_(3e38)  # finite, but its products are not
     with pytest.raises(ValueError, match=r"^the model gives logits that are not finite for the image .*ant.000\.png.*"):
         trainer(tmp_path).predict(model, datamodule=data)
     run.save_checkpoint(tmp_path / "large.ckpt", weights_only=False)

@@ -42,6 +42,22 @@ def check_exists(path: str | Path) -> None:
     raise FileNotFoundError(f"the checkpoint {str(path)!r} does not exist; {nearby}")
 
 
+def look_at(path: str | Path, *, resumes: bool) -> dict[str, Any]:
+    """Read a checkpoint with its tensors mapped, to look at names, shapes and numbers.
+
+    Args:
+        path: The checkpoint file.
+        resumes: Check the whole file, because a run is built before it resumes; other commands load it next.
+
+    Raises:
+        ValueError: The file is damaged or no checkpoint; the message names the newest sound one beside it.
+    """
+    with checkpoints.name_sound_checkpoint(path, resumable=resumes):
+        if resumes:
+            checkpoints.check_checksums(Path(path))
+        return checkpoints.read(path, mmap=True)
+
+
 def check_trusted_classes(path: str | Path, saved: dict[str, Any]) -> None:
     """Check that the user has named the classes of a checkpoint that are of no trusted package; naming trusts them.
 
