@@ -17,7 +17,22 @@ from tl_lightning.modules.checkpoint import KEY, read_for_trainer
 pytestmark = pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`, callbacks:UserWarning")
 
 MISSING = object()
-VALUES: tuple[object, ...] = (MISSING, None, "abc", 7, -1, 10**12, 1.5, float("nan"), True, [], {}, [None], {"class_path": 3}, b"\xff")
+VALUES: tuple[object, ...] = (
+    MISSING,
+    None,
+    "abc",
+    7,
+    -1,
+    10**12,
+    1.5,
+    float("nan"),
+    True,
+    [],
+    {},
+    [None],
+    {"class_path": 3},
+    b"\xff",
+)
 
 
 @pytest.fixture(scope="module")

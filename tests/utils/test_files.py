@@ -1,5 +1,6 @@
 """A file is replaced whole or not at all."""
 
+from functools import partial
 from pathlib import Path
 from typing import IO
 
@@ -8,9 +9,13 @@ import pytest
 from tl_lightning.utils.files import write_atomically
 
 
+def write(content: bytes, file: IO[bytes]) -> None:
+    file.write(content)
+
+
 def test_file_is_written_and_nothing_else_is_left(tmp_path: Path) -> None:
     for content in (b"first", b"second"):
-        write_atomically(tmp_path / "file", lambda file, content=content: file.write(content))
+        write_atomically(tmp_path / "file", partial(write, content))
         assert (tmp_path / "file").read_bytes() == content
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 

@@ -93,9 +93,8 @@ def check_resumed_images(saved: Provenance, current: Provenance, root: Path, fil
             f"the checkpoint was trained on other images of {str(root)!r}, so a resumed run would not be the "
             f"same run: {_difference(saved, current)}"
         )
-    if "each" not in saved:  # an earlier version wrote the checkpoint
-        return
-    changed = (saved["each"] != current["each"]).nonzero().flatten().tolist()
+    # A checkpoint of an earlier version has no IDs.
+    changed = (saved["each"] != current["each"]).nonzero().flatten().tolist() if "each" in saved else []
     if changed:
         names = f": {listed([files[place] for place in changed])}" if files else ""
         raise ValueError(

@@ -104,7 +104,8 @@ def is_installed(strategy: Strategy) -> bool:
 
 def _innermost(strategy: Strategy) -> tuple[CheckpointIO | None, _WrappingCheckpointIO | None]:
     """Return the plugin that reads and writes, and the wrapper around it."""
-    outer, inner = None, strategy.checkpoint_io
+    inner: CheckpointIO | None = strategy.checkpoint_io
+    outer = None
     while isinstance(inner, _WrappingCheckpointIO):
         outer, inner = inner, inner.checkpoint_io
     return inner, outer

@@ -98,7 +98,7 @@ def to_preprocessing(fields: Any) -> Preprocessing:
     names = Preprocessing._fields
     if not isinstance(fields, (list, tuple)) or len(fields) != len(names):
         raise _wrong("preprocessing", fields, f"it must list {', '.join(names)}")
-    values = [tuple(value) if isinstance(value, list) else value for value in fields]
+    values: list[Any] = [tuple(value) if isinstance(value, list) else value for value in fields]
     named = dict(zip(names, values, strict=True))
     for name in ("size", "crop"):
         value = named[name]
