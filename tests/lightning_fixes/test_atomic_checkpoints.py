@@ -1,13 +1,10 @@
 """A checkpoint is replaced whole or not at all, wherever temporary files lie, and on a full disk."""
 
 import os
-import resource
 import shutil
 import signal
 import tempfile
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +13,7 @@ import pytest
 import torch
 from lightning.pytorch.plugins.io import AsyncCheckpointIO, TorchCheckpointIO
 
+from tests.lightning_fixes.full_disk import limited_file_size
 from tests.staged import classifier, images, trainer
 from tl_lightning.lightning_fixes.atomic_checkpoints import AtomicCheckpointIO
 
@@ -28,17 +26,6 @@ def fitted(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> pl.Trainer
     run = trainer(tmp_path_factory.mktemp("fitted"), max_epochs=1, limit_train_batches=1, limit_val_batches=1)
     run.fit(classifier(), images(photos))
     return run
-
-
-@contextmanager
-def limited_file_size(size: int) -> Iterator[None]:
-    """Let no file grow larger, as on a full disk."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def killed_while_saving(fitted: pl.Trainer, path: Path, kill: Any) -> int:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
 
+from tests.lightning_fixes.full_disk import limited_file_size
 from tests.staged import classifier, images, trainer
 from tl_lightning.lightning_fixes.metrics_log import CSVRowCount, ResumableCSVLogger
 
@@ -151,3 +152,30 @@ def test_table_survives_a_kill_while_a_column_is_added(tmp_path: Path, monkeypat
     with pytest.raises(pytest.fail.Exception, match="killed"):
         logger.save()
     assert (tmp_path / "metrics.csv").read_text() == before
+
+
+def test_full_disk_keeps_the_rows_from_before_and_half_a_row_never_stays(tmp_path: Path) -> None:
+    logger = logger_at(tmp_path)
+    for step in range(40):
+        logger.log_metrics({"loss": 0.5}, step)
+    logger.save()
+    table = tmp_path / "metrics.csv"
+    before = table.read_bytes()
+    for step in range(40, 80):
+        logger.log_metrics({"loss": 0.25}, step)
+    with (
+        limited_file_size(len(before) + 13),
+        pytest.raises(OSError, match=r"metrics\.csv' cannot be written \(File too"),
+    ):
+        logger.save()
+    assert table.read_bytes() == before
+    logger.log_metrics({"test_loss": 0.5}, 80)  # a new column, for which the whole file is written again
+    with (
+        limited_file_size(len(before)),
+        pytest.raises(OSError, match=r"^'.*metrics\.csv' cannot be written \(File too"),
+    ):
+        logger.save()
+    assert table.read_bytes() == before
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.csv"]
+    logger.save()
+    assert [row["step"] for row in nonempty_values(table)] == [str(step) for step in range(81)]

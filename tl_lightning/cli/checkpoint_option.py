@@ -5,10 +5,10 @@ from typing import Any
 
 from lightning.pytorch import LightningDataModule
 
-from tl_lightning.cli.resume_checks import check_exists
+from tl_lightning.cli.resume_checks import check_exists, look_at
 from tl_lightning.cli.run_folder import find_checkpoint, find_resumable_checkpoint
 from tl_lightning.data import images_of
-from tl_lightning.modules import TransferClassifier, checkpoint
+from tl_lightning.modules import TransferClassifier
 
 
 def read_checkpoint(given: str, root: Path, *, resumes: bool) -> tuple[str, dict[str, Any]]:
@@ -32,7 +32,7 @@ def read_checkpoint(given: str, root: Path, *, resumes: bool) -> tuple[str, dict
     if given in ("last", "best"):
         given = str(find_checkpoint(root, "last" if given == "last" else "best"))
     check_exists(given)
-    return given, checkpoint.read(given, mmap=True)
+    return given, look_at(given, resumes=resumes)
 
 
 def load_model(path: str, datamodule: LightningDataModule) -> TransferClassifier:

@@ -14,6 +14,7 @@ from lightning.pytorch.loggers import Logger, TensorBoardLogger
 
 from tl_lightning.callbacks import Plan, PredictionWriter, Progress, Summary
 from tl_lightning.lightning_fixes.metrics_log import ResumableCSVLogger
+from tl_lightning.utils.files import write_atomically
 
 
 def default_precision(accelerator: str) -> str:
@@ -52,18 +53,38 @@ def default_callbacks(
 
 
 class SaveConfig(SaveConfigCallback):
-    """Save the configuration after a fit has passed its checks, and without the checkpoint that it resumes from."""
+    """Save the configuration after a fit has passed its checks, and without the checkpoint that it resumes from.
+
+    Lightning empties the file of a resumed run before it writes, so that a full disk would leave nothing.
+    """
 
     def __init__(self, parser: LightningArgumentParser, config: Namespace, *args: Any, **kwargs: Any) -> None:
         config = config.clone()
         config["ckpt_path"] = None
         super().__init__(parser, config, *args, **kwargs)
+        self.save_to_log_dir = False  # save_config writes it
+        self._folder = Path()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Save the configuration of all commands but fit."""
         if stage != "fit":
-            super().setup(trainer, pl_module, stage)
+            self._save(trainer, pl_module, stage)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save the configuration of a fit, now that model and data have accepted the checkpoint."""
-        super().setup(trainer, pl_module, "fit")
+        self._save(trainer, pl_module, "fit")
+
+    def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Write the file, whole or not at all; Lightning calls this on the first rank.
+
+        Raises:
+            OSError: The file cannot be written, as on a full disk.
+        """
+        text = self.parser.dump(self.config, skip_none=False)
+        self._folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(self._folder / self.config_filename, lambda file: file.write(text.encode()))
+
+    def _save(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if not self.already_saved:
+            self._folder = Path(trainer.log_dir or ".")  # a collective operation
+        super().setup(trainer, pl_module, stage)

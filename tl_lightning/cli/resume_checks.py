@@ -47,7 +47,7 @@ def look_at(path: str | Path, *, resumes: bool) -> dict[str, Any]:
 
     Args:
         path: The checkpoint file.
-        resumes: Check the whole file, because a run is built before it resumes; other commands load it next.
+        resumes: Check the whole file, before a run is built that resumes from it; other commands load it next.
 
     Raises:
         ValueError: The file is damaged or no checkpoint; the message names the newest sound one beside it.

@@ -13,6 +13,7 @@ from tl_lightning.sweep.candidates import build_candidates
 from tl_lightning.sweep.sweep import SweepResult, sweep
 from tl_lightning.sweep.winner import to_fit_config
 from tl_lightning.utils.console import print_table
+from tl_lightning.utils.files import write_atomically
 
 
 class TransferTrainer(Trainer):
@@ -91,5 +92,6 @@ class TransferTrainer(Trainer):
         path = result.checkpoint.parent.parent / "winner.yaml"
         fit = to_fit_config(configuration, result.classifier, result.candidate)
         if self.is_global_zero:
-            path.write_text(yaml.safe_dump(fit, sort_keys=False), encoding="utf-8")
+            text = yaml.safe_dump(fit, sort_keys=False)
+            write_atomically(path, lambda file: file.write(text.encode()))
         print_table("chosen", result.describe() | {"as a fit": str(path)})

@@ -7,6 +7,7 @@
 - It empties the file while it adds a column, so that a run that is killed then loses all rows
   (https://github.com/Lightning-AI/pytorch-lightning/blob/master/src/lightning/fabric/loggers/csv_logs.py,
   ``_rewrite_with_new_header``).
+- On a full disk it leaves half a row, to which the next row is added.
 - It does not write the rows that a checkpoint counts, but waits for the 100th step or for ``save()``.
 
 Needed for Lightning 2.6. This file can be deleted when ``CSVLogger`` continues an existing file, restores the number of
@@ -14,7 +15,9 @@ rows from the checkpoint, and replaces the file atomically.
 """
 
 import csv
+import io
 import math
+import os
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
@@ -26,13 +29,40 @@ from lightning.pytorch.trainer.states import TrainerStatus
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
+from tl_lightning.utils.files import write_atomically
+
 
 class _AtomicWriter(ExperimentWriter):
-    """Lightning's writer, but it replaces the file at once when it adds a column."""
+    """Lightning's writer, but it replaces the file at once when it adds a column, and never leaves half a row."""
+
+    _whole = 0  # bytes of complete rows
+
+    def save(self) -> None:
+        """Add the rows to the file, or leave it as it was.
+
+        Raises:
+            OSError: The rows cannot be written, as on a full disk; those from before are kept.
+        """
+        file = Path(self.metrics_file_path)
+        self._whole = file.stat().st_size if file.is_file() else 0
+        try:
+            super().save()
+        except OSError as error:
+            if error.strerror is None:
+                raise  # write_atomically has named the file
+            if file.is_file() and file.stat().st_size > self._whole:
+                os.truncate(file, self._whole)
+            failed = OSError(
+                f"{str(file)!r} cannot be written ({error.strerror}); free some space, and resume the run "
+                "(the rows from before are kept)"
+            )
+            failed.errno = error.errno
+            raise failed from error
 
     def _rewrite_with_new_header(self, fieldnames: list[str]) -> None:
         file = Path(self.metrics_file_path)
         _write_rows(file, fieldnames, _read_rows(file))
+        self._whole = file.stat().st_size
 
 
 class ResumableCSVLogger(CSVLogger):
@@ -98,12 +128,11 @@ def _read_rows(file: Path) -> list[dict[str, str]]:
 
 def _write_rows(file: Path, columns: list[str], rows: list[dict[str, str]]) -> None:
     """Replace a file atomically."""
-    part = file.with_name(f"{file.name}.part")
-    with part.open("w", newline="") as opened:
-        writer = csv.DictWriter(opened, columns)
-        writer.writeheader()
-        writer.writerows(rows)
-    part.replace(file)
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, columns)
+    writer.writeheader()
+    writer.writerows(rows)
+    write_atomically(file, lambda opened: opened.write(text.getvalue().encode()))
 
 
 class CSVRowCount(Callback):

@@ -1,10 +1,12 @@
 """Print the result of a search as a table, and write it as a file."""
 
 import csv
+import io
 from pathlib import Path
 
 from tl_lightning.sweep.search import SearchResult
 from tl_lightning.utils.console import print_table
+from tl_lightning.utils.files import write_atomically
 
 _SHOWN = 10
 
@@ -45,10 +47,11 @@ def write_csv(result: SearchResult, path: Path) -> None:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     rows = _rows(result)
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, rows[0])
+    writer.writeheader()
+    writer.writerows(rows)
+    write_atomically(path, lambda file: file.write(text.getvalue().encode()))
 
 
 def _rows(result: SearchResult) -> list[dict[str, str]]:
