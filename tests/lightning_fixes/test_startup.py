@@ -1,6 +1,7 @@
 """A process that waits for the other processes of its run says so, and does not wait for ever."""
 
 import os
+import signal
 import threading
 from pathlib import Path
 from typing import NoReturn
@@ -39,7 +40,16 @@ def test_start_of_several_ranks_alone_is_watched_until_it_fails(devices: int, wa
     run = trainer(tmp_path, devices=devices, strategy="ddp" if devices > 1 else "auto")
     model = classifier()
     run.strategy._lightning_module = model
-    model.trainer = run
+    before = signal.signal(signal.SIGTERM, lambda *_: None)
+    try:
+        given = signal.getsignal(signal.SIGTERM)
+        model.trainer = run
+        while_connecting = signal.getsignal(signal.SIGTERM)
+        startup.end_start()
+        assert signal.getsignal(signal.SIGTERM) is given
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert while_connecting is (signal.SIG_DFL if watched else given), "Python calls no handler while torch waits"
     watches = [thread for thread in threading.enumerate() if thread.name == "watch-start"]
     assert len(watches) == watched
     run.state.status = TrainerStatus.INTERRUPTED  # as Lightning sets it when anything fails

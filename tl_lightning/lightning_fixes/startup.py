@@ -8,9 +8,11 @@ processes are missing, and has a timeout of its own for the start.
 """
 
 import os
+import signal
 import sys
 import threading
 import time
+from typing import Any
 
 import torch.distributed as dist
 from lightning.pytorch import Trainer
@@ -23,9 +25,14 @@ ANNOUNCE_S = 30.0
 LIMIT_S = 600.0
 """Time after which it ends; ``torchrun`` waits as long for its agents."""
 
+_handlers: dict[signal.Signals, Any] = {}  # those of before the start
+
 
 def watch_start(trainer: Trainer) -> None:
-    """Watch, in a thread, until the processes of a run are connected."""
+    """Watch, in a thread, until the processes of a run are connected; until then, SIGTERM and Ctrl-C end this one.
+
+    The main thread waits in torch, where Python calls no handler of a signal.
+    """
     strategy = trainer.strategy
     connects = isinstance(strategy, ParallelStrategy) and isinstance(
         trainer.accelerator, (CPUAccelerator, CUDAAccelerator)
@@ -36,6 +43,16 @@ def watch_start(trainer: Trainer) -> None:
     if environment is not None:
         place = f"{environment.main_address}:{environment.main_port}"
         threading.Thread(target=_watch, args=(trainer, place), daemon=True, name="watch-start").start()
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                if callable(signal.getsignal(number)):
+                    _handlers[number] = signal.signal(number, signal.SIG_DFL)
+
+
+def end_start() -> None:
+    """Restore the handlers of signals, now that the processes are connected."""
+    while _handlers:
+        signal.signal(*_handlers.popitem())
 
 
 def _watch(trainer: Trainer, place: str) -> None:

@@ -16,7 +16,7 @@ from tl_lightning.lightning_fixes.finite_guard import FiniteGuard
 from tl_lightning.lightning_fixes.model_parallel import configure_strategy, load_optimizer_state
 from tl_lightning.lightning_fixes.plateau import StepOnPlateau
 from tl_lightning.lightning_fixes.sigterm import SigtermHandler, ends_together
-from tl_lightning.lightning_fixes.startup import watch_start
+from tl_lightning.lightning_fixes.startup import end_start, watch_start
 from tl_lightning.lightning_fixes.step_boundary import StepBoundary, finish_epoch
 from tl_lightning.modules import checkpoint as checkpoints
 from tl_lightning.modules._frozen_guard import FrozenGuard
@@ -60,6 +60,7 @@ class ExactResume(Callback):
             ValueError: The data has other classes or another preprocessing, a callback conflicts with the classifier,
                 or the classifier cannot be saved.
         """
+        end_start()
         classifier = _classifier(pl_module)
         if trainer.strategy.root_device.type == "cpu":
             keep_freed_memory()
