@@ -1,5 +1,6 @@
 """A checkpoint of this library gives its backbone as the first weights of another one."""
 
+from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,9 @@ import torch
 from lightning.pytorch import Trainer
 
 from tl_lightning.backbones import TimmBackbone, TruncatedBackbone
+from tl_lightning.backbones.weights import load_weights_file
 from tl_lightning.modules import LinearProbe
+from tl_lightning.utils.hashing import fingerprint
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +62,20 @@ def test_checkpoint_of_another_network_is_refused_by_name(checkpoint: Path, tmp_
     torch.save(saved, tmp_path / "other.ckpt")
     with pytest.raises(ValueError, match="TimmBackbone test_resnet_of_other_code, and this network is test_resnet"):
         TimmBackbone("test_resnet", str(tmp_path / "other.ckpt"))
+
+
+def test_auxiliary_heads_return_to_the_network(tmp_path: Path) -> None:
+    """TorchvisionBackbone loads them as a part of Inception and GoogLeNet, and saves them beside the network."""
+    state = {"backbone.model.conv.weight": torch.randn(3, 3), "backbone.auxiliary.aux1.weight": torch.randn(2, 3)}
+    backbone = {"class_path": "x.TorchvisionBackbone", "init_args": {"name": "googlenet"}}
+    description = {"model": {"backbone": backbone}, "hashes": {"backbone": fingerprint(state)}}
+    torch.save({"state_dict": state | {"head.weight": torch.ones(2)}, "tl_lightning": description}, tmp_path / "a.ckpt")
+    network = torch.nn.Sequential(
+        OrderedDict(conv=torch.nn.Linear(3, 3, bias=False), aux1=torch.nn.Linear(3, 2, bias=False))
+    )
+    load_weights_file(network, tmp_path / "a.ckpt", name="googlenet", classifier="fc")
+    assert torch.equal(network.get_parameter("aux1.weight"), state["backbone.auxiliary.aux1.weight"])
+    assert torch.equal(network.get_parameter("conv.weight"), state["backbone.model.conv.weight"])
 
 
 def changed_weight(saved: dict[str, Any]) -> None:

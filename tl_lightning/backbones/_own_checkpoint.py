@@ -8,8 +8,8 @@ from tl_lightning.utils.hashing import fingerprint
 _CHECKPOINT_KEY = "tl_lightning"  # modules/checkpoint.py writes it, and may not be imported here
 
 
-def check_own_checkpoint(content: Any, source: str, name: str) -> str:
-    """Check the backbone in a checkpoint of this library.
+def backbone_of_checkpoint(content: Any, source: str, name: str) -> tuple[Any, str]:
+    """Check the backbone in a checkpoint of this library, and return its tensors.
 
     Args:
         content: The content of the file.
@@ -17,13 +17,14 @@ def check_own_checkpoint(content: Any, source: str, name: str) -> str:
         name: Name of the network that takes the weights.
 
     Returns:
-        A description of the backbone; an empty string for any other file.
+        The state dicts of the checkpoint, and a description of the backbone; for any other file, its content as it
+        is, and an empty string.
 
     Raises:
         ValueError: The checkpoint holds another network, or its weights are not those that were saved.
     """
     if not (isinstance(content, Mapping) and isinstance(content.get(_CHECKPOINT_KEY), Mapping)):
-        return ""
+        return content, ""
     try:
         description = content[_CHECKPOINT_KEY]
         backbone = description["model"]["backbone"]
@@ -39,4 +40,11 @@ def check_own_checkpoint(content: Any, source: str, name: str) -> str:
         raise ValueError(f"{source} is {described}, but its weights are not the saved ones: the file is damaged")
     if saved_name is not None and str(saved_name).partition(".")[0] != name.partition(".")[0]:
         raise ValueError(f"{source} is {described}, and this network is {name}: give a checkpoint of the same network")
-    return described
+    # TorchvisionBackbone moves the auxiliary heads of Inception and GoogLeNet out of the network once they are loaded.
+    states = {"state_dict": {_before_detaching(key): tensor for key, tensor in tensors.items()}}
+    raw = content.get("current_model_state")  # beside an average by callbacks.EMA
+    return states | ({} if raw is None else {"current_model_state": raw}), described
+
+
+def _before_detaching(name: str) -> str:
+    return name.replace("backbone.auxiliary.", "backbone.model.", 1) if name.startswith("backbone.auxiliary.") else name

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from tl_lightning.backbones._own_checkpoint import check_own_checkpoint
+from tl_lightning.backbones._own_checkpoint import backbone_of_checkpoint
 from tl_lightning.backbones._state_dicts import Candidate, candidates, choose, listed
 from tl_lightning.backbones._weights_file import SUFFIXES, read_weights_file
 from tl_lightning.utils.distributed import is_rank_zero
@@ -65,9 +65,8 @@ def load_weights_file(model: nn.Module, path: str | Path, *, name: str, classifi
             networks in the file fit. The message lists them.
     """
     path = _expanded(path)
-    content = read_weights_file(path)
     source = f"the weights file {str(path)!r}"
-    described = check_own_checkpoint(content, source, name)
+    content, described = backbone_of_checkpoint(read_weights_file(path), source, name)
     own = model.state_dict()
     found = candidates(content, own, [classifier] if isinstance(classifier, str) else classifier)
     if not found:
@@ -81,7 +80,7 @@ def load_weights_file(model: nn.Module, path: str | Path, *, name: str, classifi
         closest = max(found, key=lambda c: len(own.keys() & c.tensors.keys()))
         place = "" if _is_plain(closest) else f" These are the tensors of {closest.label}."
         raise ValueError(
-            f"{source} does not fit {name}{described and f', since it holds {described}'}; tensors "
+            f"{source} does not fit {name}{described and f', although it is {described}'}; tensors "
             f"{listed(closest.problems)}.{place} Check that the file belongs to this model"
         )
     try:
