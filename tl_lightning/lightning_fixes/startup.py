@@ -34,10 +34,9 @@ def watch_start(trainer: Trainer) -> None:
     The main thread waits in torch, where Python calls no handler of a signal.
     """
     strategy = trainer.strategy
-    connects = isinstance(strategy, ParallelStrategy) and isinstance(
-        trainer.accelerator, (CPUAccelerator, CUDAAccelerator)
-    )
-    if not connects or trainer.world_size == 1 or not dist.is_available() or dist.is_initialized():
+    if not isinstance(strategy, ParallelStrategy) or trainer.world_size == 1:
+        return
+    if not isinstance(trainer.accelerator, (CPUAccelerator, CUDAAccelerator)) or dist.is_initialized():
         return
     environment = strategy.cluster_environment
     if environment is not None:
