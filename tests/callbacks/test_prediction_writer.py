@@ -152,8 +152,7 @@ def predict_on_rank(photos: str, folder: str, world: int) -> list[str]:
 def test_bad_images_on_one_rank_alone_cost_no_row_and_no_rank_waits(tmp_path: Path) -> None:
     root = good_images(tmp_path / "photos")
     (root / "a/empty.png").touch()  # in the second batch of four, the second two of which are on rank 1
-    arguments = {"photos": str(root), "folder": str(tmp_path)}
-    first, second = run_on_ranks(__name__, "predict_on_rank", tmp_path / "out", **arguments)
+    first, second = run_on_ranks(__name__, "predict_on_rank", tmp_path / "out", photos=str(root), folder=str(tmp_path))
     assert first == second
     assert "1 of 22 images cannot be read" in first[0]
     assert "1 of 5 images" in first[1]
