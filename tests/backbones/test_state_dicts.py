@@ -68,6 +68,8 @@ class Metric:
             lambda s: s | {"bn1.weight": torch.ones(32, dtype=torch.int8)},
             r"of another type: bn1\.weight is torch\.int8 in ",
         ),
+        (lambda s: s | {"bn1.weight": torch.ones(32).to_sparse()}, r"bn1\.weight is torch\.sparse_coo in the file"),
+        (lambda s: s | {"bn1.weight": torch.ones(32, device="meta")}, r"bn1\.weight is without values in the file"),
         (
             lambda s: {"model": put("net.", {k: v for k, v in s.items() if k != "bn1.weight"})},
             r"1 missing: bn1\.weight\. .*'model' with the prefix 'net\.'",

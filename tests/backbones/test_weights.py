@@ -117,6 +117,7 @@ def test_objects_beside_the_weights_are_replaced_by_empty_ones(tmp_path: Path) -
         ),
         (lambda: TimmBackbone("resnet50", weights="in9k"), "unknown weights 'in9k'.* resnet50 has DEFAULT, a1_in1k"),
         (lambda: TimmBackbone("twins_pcpvt_small.nope", weights=None), "unknown weights 'nope'"),
+        (lambda: TorchvisionBackbone("resnet18", weights="None"), r"or None \(null on the command line\), is allowed"),
         (lambda: EfficientNetLite(weights="V2"), "unknown weights 'V2'"),
     ],
 )

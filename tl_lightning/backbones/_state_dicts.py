@@ -164,9 +164,10 @@ def _problems(
             shapes.append(f"{name} is {tuple(given.shape)} in the file and {tuple(wanted.shape)} in the network")
         elif name.endswith("num_batches_tracked"):
             continue  # some programs average this counter too, and save a float
-        elif given.is_floating_point() != wanted.is_floating_point() or given.is_meta or given.is_quantized:
-            kind = "without values" if given.is_meta else str(given.dtype)
-            types.append(f"{name} is {kind} in the file and {wanted.dtype} in the network")
+        elif given.is_meta or given.layout != torch.strided:
+            types.append(f"{name} is {'without values' if given.is_meta else given.layout} in the file")
+        elif given.is_floating_point() != wanted.is_floating_point():
+            types.append(f"{name} is {given.dtype} in the file and {wanted.dtype} in the network")
     found = (
         ("missing", [name for name in required if name not in tensors]),
         ("not in this network", [name for name in tensors if name not in own]),

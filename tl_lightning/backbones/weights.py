@@ -94,7 +94,7 @@ def load_weights_file(model: nn.Module, path: str | Path, *, name: str, classifi
     if matrices and not any(bool((tensor < 0).any()) for tensor in matrices):
         raise ValueError(
             f"{source} holds no trained weights: no layer of {chosen.label} has a value below zero, so they are zeros, "
-            "or an optimizer's squared gradients"
+            "or an optimizer's squared gradients. If the file has others, save those to a file of their own"
         )
     model.load_state_dict(chosen.tensors, strict=False)
     check_finite(model, source)
