@@ -85,7 +85,8 @@ class FiniteGuard(Callback):
         if not self.skip_steps:
             raise NotFiniteError(
                 f"{text}; the run stops before this step, and {_last_good_checkpoint(trainer)}. Start a new run with a "
-                "lower learning rate, or skip such steps: FiniteGuard(skip_steps=True) among the trainer's callbacks"
+                "lower learning rate, or skip such steps: FiniteGuard(skip_steps=True) among the trainer's callbacks, "
+                "--trainer.callbacks+ FiniteGuard --trainer.callbacks.skip_steps true on the command line"
             )
         rank_zero_warn(f"{text}: this step is skipped")
         optimizer.zero_grad(set_to_none=True)
@@ -98,8 +99,8 @@ class FiniteGuard(Callback):
         loss = trainer.callback_metrics.get("val_loss")
         if trainer.state.fn == "fit" and loss is not None and not loss.isfinite():
             rank_zero_warn(
-                f"val_loss is {float(loss)} in epoch {trainer.current_epoch}, at step {trainer.global_step}: this "
-                "epoch is never kept as the best"
+                f"val_loss is {float(loss)} in epoch {trainer.current_epoch}, at step {trainer.global_step}; best.ckpt "
+                "never keeps such an epoch"
             )
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -118,7 +119,7 @@ class FiniteGuard(Callback):
         names = [name for (name, _), finite in zip(tensors, flags, strict=True) if not finite]
         raise NotFiniteError(
             f"the weights {', '.join(names[:3]) or 'of another rank'}{' and others' if len(names) > 3 else ''} are not "
-            f"finite at the end of epoch {trainer.current_epoch}, although the losses were; "
+            f"finite at the end of epoch {trainer.current_epoch}; "
             f"{_last_good_checkpoint(trainer)}. Start a new run with a lower learning rate"
         )
 
