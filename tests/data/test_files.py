@@ -106,6 +106,15 @@ def test_pipes_and_sockets_among_the_images_are_named_and_never_opened(tmp_path:
     assert "'val/bee/socket.png' (it is a socket, not a regular file)" in message
 
 
+def test_missing_folder_beside_links_or_nothing_is_named(tmp_path: Path) -> None:
+    (tmp_path / "fotos").symlink_to(image_folder(tmp_path / "elsewhere" / "photos", {"ant": 3, "bee": 3}))
+    with pytest.raises(FileNotFoundError, match=r"photos' does not exist: .*did you mean 'fotos'"):
+        _ = data(tmp_path / "photos").class_names
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match="photos' does not exist; give another one"):
+        _ = data(tmp_path / "empty" / "photos").class_names
+
+
 # Hidden folders -------------------------------------------------------------------------------------------------------
 
 

@@ -107,13 +107,22 @@ def check_root(root: Path) -> Path:
         root.stat()
     except (FileNotFoundError, NotADirectoryError):
         near = root.parent if root.parent.is_dir() else Path.cwd()
-        choice = unknown("folder", root.name, subfolders(near), of=repr(str(near)))
-        raise FileNotFoundError(f"the data folder {str(root)!r} does not exist: {choice}") from None
+        names = _folder_names(near)
+        choice = f": {unknown('folder', root.name, names, of=repr(str(near)))}" if names else "; give another one"
+        raise FileNotFoundError(f"the data folder {str(root)!r} does not exist{choice}") from None
     except OSError as error:
         raise OSError(f"cannot open the data folder {str(root)!r}: {error.strerror}; {_GIVE_ACCESS}") from error
     if not root.is_dir():
         raise NotADirectoryError(f"{str(root)!r} is a file; give the folder that holds the images")
     return root
+
+
+def _folder_names(folder: Path) -> list[str]:
+    """Return the names of folders that may have been meant, and of links to folders; none if they cannot be listed."""
+    try:
+        return [entry.name for entry in list_folder(folder) if not is_hidden(entry.name) and is_folder(entry)]
+    except OSError:
+        return []
 
 
 def subfolders(folder: Path) -> list[str]:
