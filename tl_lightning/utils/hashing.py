@@ -14,7 +14,9 @@ def fingerprints(tensors: Mapping[str, Tensor]) -> dict[str, str]:
     for name, tensor in tensors.items():
         local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
         raw = local.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-        digests[name] = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}\n".encode() + raw.tobytes()).hexdigest()
+        digest = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(raw)  # without a copy of the bytes
+        digests[name] = digest.hexdigest()
     return digests
 
 
