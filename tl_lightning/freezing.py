@@ -46,6 +46,7 @@ class FreezePolicy:
     def __init__(self, backbone: Backbone, unfreeze_from: str | int = HEAD, *, train_bn: bool = False) -> None:
         self.backbone = backbone
         self.train_bn = train_bn
+        self.unfreeze_from = unfreeze_from
         reserved = {HEAD: "the classifier", MAP: "the spatial map"}
         for name in reserved.keys() & backbone.stages:
             raise ValueError(

@@ -1,14 +1,16 @@
 """Make a backbone of any network that turns images into vectors."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, TypeGuard
+from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
-from tl_lightning.backbones._tracing.cut_points import FIRST_STAGE, Trace, find_stages, trace
+from tl_lightning.backbones._tracing.cut_points import FIRST_STAGE, Cuts, Trace, cut_operations, find_stages
 from tl_lightning.backbones._tracing.layout import to_map
+from tl_lightning.backbones._tracing.outputs import is_map
 from tl_lightning.backbones._tracing.segments import Cut, Pooling, Segment
+from tl_lightning.backbones._tracing.tracer import trace_operations
 from tl_lightning.backbones.base import Backbone
 from tl_lightning.transforms import Preprocessing
 from tl_lightning.utils.messages import unknown
@@ -50,31 +52,31 @@ class TracedBackbone(Backbone):
         """Shape of the input of each stage but the first, without the batch, for images of the usual size."""
         self._leaf_functions = tuple(leaf_functions)
         self._opened: frozenset[str] = frozenset()
-        self._segments: dict[tuple[Cut, Cut, Pooling | None], Segment] = {}
+        self._segments: dict[tuple[Cut, Cut, Pooling | None, bool], Segment] = {}
         self._traces_by_mode: tuple[Trace, Trace] | None = None
 
+        self._cuts_by_mode: tuple[Cuts, Cuts] | None = None
         was_training = model.training
         model.eval()
         images = torch.zeros(2, 3, *preprocessing.crop_shape)
         try:
-            self._opened, found = find_stages(model, self._leaf_functions)
+            found = find_stages(model, preprocessing.crop_shape, self._leaf_functions)
         except Exception as error:  # noqa: BLE001 - forward may run any code; whatever fails in it cannot be traced
-            self.single_stage_reason = f"its forward cannot be traced ({str(error).partition('. ')[0]})"
+            message = str(error).partition("\n")[0].partition(". ")[0]
+            self.single_stage_reason = f"its forward cannot be traced ({message})"
             with torch.inference_mode():
                 features = model(images)
             self.stages: tuple[str, ...] = (FIRST_STAGE,)
             self._map_end: int | None = None
         else:
-            outputs = _run(model, found, images)
-            features = outputs[found.nodes[-1]]
-            starts = {
-                stage: cut for stage, cut in found.starts.items() if cut < 0 or _is_batch(outputs[found.nodes[cut]])
-            }
-            self.stages = tuple(starts)
-            self.input_shapes = {
-                stage: outputs[found.nodes[cut]].shape[1:] for stage, cut in starts.items() if cut >= 0
-            }
-            maps = [cut for cut in found.cuts if _is_map(outputs[found.nodes[cut]])]
+            features = found.outputs[found.nodes[-1]]
+            outputs = {cut: found.outputs[found.nodes[cut]] for cut in found.cuts.positions}
+            self._opened = found.opened
+            if found.train_cuts is not None:
+                self._cuts_by_mode = found.cuts, found.train_cuts
+            self.stages = tuple(found.cuts.starts)
+            self.input_shapes = {stage: outputs[cut].shape[1:] for stage, cut in found.cuts.starts.items() if cut >= 0}
+            maps = [cut for cut, output in outputs.items() if is_map(output)]
             self._map_end = maps[-1] if maps else None
             if len(self.stages) == 1:
                 self.single_stage_reason = "several tensors are alive at every point between its layers"
@@ -100,7 +102,8 @@ class TracedBackbone(Backbone):
         if self._map_end is None:
             raise ValueError(f"{self.name} has no spatial map before its pooling" + self._why_single_stage())
         traces = self._traces()
-        features = self._segment_between(_INPUT, (self._map_end, _same_cut(traces, self._map_end)))(images)
+        end = self._map_end, _same_cut(traces, self._map_end)
+        features = self._segment_between(_INPUT, end, last=True)(images)
         return to_map(features, images)  # (N, C, h, w)
 
     def split(self, stage: str) -> tuple[nn.Module, nn.Module]:
@@ -114,7 +117,7 @@ class TracedBackbone(Backbone):
             return nn.Identity(), self
         end = len(self._traces()[0].nodes) - 1, len(self._traces()[1].nodes) - 1
         prefix = nn.Identity() if start == _INPUT else self._segment_between(_INPUT, start)
-        return prefix, self._segment_between(start, end)
+        return prefix, self._segment_between(start, end, last=True)
 
     def segment(self, first: str, before: str, pooling: Pooling) -> Segment:
         """Return the stages from one stage up to, but without, a later one, followed by a pooling.
@@ -127,7 +130,7 @@ class TracedBackbone(Backbone):
         Raises:
             ValueError: The network has no such stage, or cannot be cut there.
         """
-        return self._segment_between(self._cut_before(first), self._cut_before(before), pooling)
+        return self._segment_between(self._cut_before(first), self._cut_before(before), pooling, last=True)
 
     def _cut_before(self, stage: str) -> Cut:
         if stage not in self.stages:
@@ -135,9 +138,9 @@ class TracedBackbone(Backbone):
         if len(self.stages) == 1:
             return _INPUT
         eval_trace, train_trace = self._traces()
-        if stage not in train_trace.starts:
+        if stage not in train_trace.cuts.starts:
             raise ValueError(f"{self.name} cannot be cut at {stage!r} in train mode; cut it at another stage")
-        return eval_trace.starts[stage], train_trace.starts[stage]
+        return eval_trace.cuts.starts[stage], train_trace.cuts.starts[stage]
 
     def _why_single_stage(self) -> str:
         reason = self.single_stage_reason
@@ -146,30 +149,26 @@ class TracedBackbone(Backbone):
     def _traces(self) -> tuple[Trace, Trace]:
         """Trace in eval mode and in train mode, since the code of opened modules may read ``self.training``."""
         if self._traces_by_mode is None:
-            opened = [self.model, *(self.model.get_submodule(name) for name in self._opened)]
-            modes = [module.training for module in opened]
             traces = []
             for training in (False, True):
-                for module in opened:
-                    module.training = training  # train() would switch the children too, and they are not traced
-                traces.append(trace(self.model, self._opened, self._leaf_functions))
-            for module, mode in zip(opened, modes, strict=True):
-                module.training = mode
+                nodes = trace_operations(self.model, self._opened, self._leaf_functions, training=training)
+                known = self._cuts_by_mode
+                traces.append(Trace(nodes, known[training] if known else cut_operations(self.model, nodes, {})))
             self._traces_by_mode = traces[0], traces[1]
         return self._traces_by_mode
 
-    def _segment_between(self, start: Cut, end: Cut, pooling: Pooling | None = None) -> Segment:
-        if (start, end, pooling) not in self._segments:
-            eval_trace, train_trace = self._traces()
+    def _segment_between(self, start: Cut, end: Cut, pooling: Pooling | None = None, *, last: bool = False) -> Segment:
+        if (start, end, pooling, last) not in self._segments:
+            eval_starts, train_starts = (trace.cuts.starts for trace in self._traces())
             inside = {
-                name: (cut, train_trace.starts[name])
-                for name, cut in eval_trace.starts.items()
-                if name in train_trace.starts and start[0] <= cut < end[0]
+                name: (cut, train_starts[name])
+                for name, cut in eval_starts.items()
+                if name in train_starts and start[0] <= cut < end[0]
             }
-            self._segments[start, end, pooling] = Segment(
-                self.model, (eval_trace, train_trace), [*inside.values(), end], list(inside), pooling
+            self._segments[start, end, pooling, last] = Segment(
+                self.model, self._traces(), [*inside.values(), end], list(inside), pooling, last=last
             )
-        return self._segments[start, end, pooling]
+        return self._segments[start, end, pooling, last]
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the state for a copy or a pickle; the copy traces again when it is cut."""
@@ -179,28 +178,7 @@ class TracedBackbone(Backbone):
 def _same_cut(traces: tuple[Trace, Trace], cut: int) -> int:
     """Find the cut of the train trace that comes after the same operation as ``cut`` in the eval trace."""
     name = traces[0].nodes[cut].name
-    for other in traces[1].cuts:
+    for other in traces[1].cuts.positions:
         if traces[1].nodes[other].name == name:
             return other
     return cut
-
-
-def _run(model: nn.Module, found: Trace, images: Tensor) -> dict[fx.Node, Any]:
-    """Run a trace once and return the output of each of its operations."""
-    interpreter = fx.Interpreter(model, graph=found.nodes[0].graph)
-    with torch.inference_mode():
-        for node in found.nodes:
-            interpreter.env[node] = images if node.op == "placeholder" else interpreter.run_node(node)
-    return interpreter.env
-
-
-def _is_batch(output: Any) -> TypeGuard[Tensor]:
-    return isinstance(output, Tensor) and output.ndim >= 2 and len(output) == 2
-
-
-def _is_map(output: Any) -> bool:
-    if not _is_batch(output):
-        return False
-    if output.ndim == 4:
-        return output.shape.numel() > output.shape[0] * max(output.shape[1:])  # not pooled to 1 x 1
-    return output.ndim == 3 and output.shape[1] > 1

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
 
 from tl_lightning.callbacks.staged_unfreezing import StagedUnfreezing
 from tl_lightning.data import CachedFeaturesDataModule, images_of
@@ -15,6 +16,8 @@ from tl_lightning.optim import stage_of_group
 from tl_lightning.utils.console import print_table
 
 _NAMES_SHOWN = 12
+_LARGE_SHARE = 0.5
+"""Share of the backbone above which "the last k stages" are probably more than was meant."""
 
 
 class Plan(Callback):
@@ -31,6 +34,7 @@ class Plan(Callback):
         if trainer.is_global_zero and isinstance(pl_module, TransferClassifier):
             outputs = {} if folder is None else {"outputs": str(folder)}
             print_table("plan", describe_plan(trainer, pl_module) | outputs)
+            _warn_of_large_stages(trainer, pl_module)
 
 
 def describe_plan(trainer: Trainer, classifier: TransferClassifier) -> dict[str, str]:
@@ -102,11 +106,12 @@ def _frozen_and_trained(trainer: Trainer, classifier: TransferClassifier) -> dic
     names = list(freeze_policy.stages)
     head = sum(p.numel() for name, p in classifier.named_parameters() if not name.startswith("backbone."))
 
-    def describe(chosen: Iterable[str]) -> str:
+    def describe(chosen: Iterable[str], given: str | int) -> str:
         chosen = [name for name in names if name in set(chosen)]
         if not chosen:
             return f"head: {_count(head, 'parameter')}"
-        return f"head: {_count(head, 'parameter')}; {_span(chosen, names)}: {_size(classifier, chosen)}"
+        share = "" if _last_stages(given, names) is None else f", {_share(classifier, chosen):.0%} of the backbone"
+        return f"head: {_count(head, 'parameter')}; {_span(chosen, names)}: {_size(classifier, chosen)}{share}"
 
     rows = {}
     trained = _stages_trained(trainer, classifier)
@@ -122,11 +127,11 @@ def _frozen_and_trained(trainer: Trainer, classifier: TransferClassifier) -> dic
             rows["frozen"] += ", with random weights: the backbone was built with weights=None"
     unfreezing = _unfreezing(trainer)
     if unfreezing is None:
-        return rows | {"trained": describe(freeze_policy.unfrozen)}
+        return rows | {"trained": describe(freeze_policy.unfrozen, freeze_policy.unfreeze_from)}
     schedule = {0: HEAD} | unfreezing.schedule
     for epoch, stage in schedule.items():
         note = "" if _is_reached(trainer, epoch) else " (never: the run is shorter)"
-        rows[f"from epoch {epoch}"] = describe(classifier.stages_from(stage)) + note
+        rows[f"from epoch {epoch}"] = describe(classifier.stages_from(stage), stage) + note
     return rows
 
 
@@ -169,6 +174,37 @@ def _span(chosen: Sequence[str], names: Sequence[str]) -> str:
     return ", ".join(part[0] if len(part) == 1 else f"{part[0]} to {part[-1]}" for part in parts)
 
 
-def _size(classifier: TransferClassifier, names: Sequence[str]) -> str:
+def _size(classifier: TransferClassifier, names: Iterable[str]) -> str:
+    return f"{_parameter_count(classifier, names):,}"
+
+
+def _parameter_count(classifier: TransferClassifier, names: Iterable[str]) -> int:
     parameters = [name for stage in names for name in classifier.freeze_policy.stages[stage].parameters]
-    return f"{sum(classifier.backbone.get_parameter(name).numel() for name in parameters):,}"
+    return sum(classifier.backbone.get_parameter(name).numel() for name in parameters)
+
+
+def _share(classifier: TransferClassifier, names: Iterable[str]) -> float:
+    return _parameter_count(classifier, names) / _parameter_count(classifier, classifier.freeze_policy.stages)
+
+
+def _last_stages(given: str | int, names: Sequence[str]) -> int | None:
+    """Return k for a stage that is given as the last k stages, and None for a name."""
+    return int(given) if str(given).isdecimal() and given not in names else None
+
+
+def _warn_of_large_stages(trainer: Trainer, classifier: TransferClassifier) -> None:
+    """Warn where the last k stages hold most of the backbone, since such stages are no small part of it."""
+    names = list(classifier.freeze_policy.stages)
+    unfreezing = _unfreezing(trainer)
+    given = [classifier.freeze_policy.unfreeze_from] if unfreezing is None else unfreezing.schedule.values()
+    for number in {_last_stages(stage, names) for stage in given} - {None, 0}:
+        chosen = classifier.stages_from(number or 0)
+        share = _share(classifier, chosen)
+        if share > _LARGE_SHARE:
+            one = len(chosen) == 1
+            stages = f"last stage ({chosen[0]})" if one else f"last {number} stages ({_span(chosen, names)})"
+            name = getattr(classifier.backbone, "name", "the backbone")
+            rank_zero_warn(
+                f"the {stages} of {name} {'holds' if one else 'hold'} {share:.0%} of its parameters, and all of them "
+                "train. To train fewer, set unfreeze_from to the name of a module inside a stage"
+            )

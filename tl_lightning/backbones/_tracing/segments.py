@@ -2,10 +2,12 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, fx, nn
 
-from tl_lightning.backbones._tracing.cut_points import Trace, depends_on_input
+from tl_lightning.backbones._tracing.cut_points import Trace
+from tl_lightning.backbones._tracing.sizes import check_sizes, depends_on_pixels, sizes_across, write_size
 
 Cut = tuple[int, int]
 """Position of a cut in the trace of eval mode and in the trace of train mode; -1 for the input."""
@@ -44,6 +46,8 @@ class Segment(nn.Module):
         cuts: The start of each stage, and the end of the last one.
         names: Names of the stages, one fewer than cuts.
         pooling: Applied to the output of the last stage; None returns that output.
+        last: Whether no stage of the network runs after the segment. Otherwise the segment checks the sizes that the
+            stages after it take as given.
 
     Shape:
         Input: the activations at the first cut. Output: the activations at the last cut. Both have the batch first.
@@ -56,11 +60,14 @@ class Segment(nn.Module):
         cuts: Sequence[Cut],
         names: Sequence[str],
         pooling: Pooling | None = None,
+        *,
+        last: bool = True,
     ) -> None:
         super().__init__()
         self._segment_stages: list[_Stage] = []
         for name, start, end in zip(names, cuts[:-1], cuts[1:], strict=True):
-            graphs = [_subgraph(t.nodes, *ends) for t, ends in zip(traces, zip(start, end, strict=True), strict=True)]
+            checked = not (last and end == cuts[-1])
+            graphs = [_subgraph(traces[mode], start[mode], end[mode], checked) for mode in (0, 1)]
             nodes = [node for graph in graphs for node in graph.nodes]
             for target in {str(node.target): None for node in nodes if node.op in ("call_module", "get_attr")}:
                 self._register(model, target)
@@ -105,22 +112,47 @@ def called_modules(segment: Segment) -> list[nn.Module]:
     return list({id(module): module for stage in segment._segment_stages for module in stage.called}.values())
 
 
-def _subgraph(nodes: Sequence[fx.Node], start: int, end: int) -> fx.Graph:
-    """Copy the operations after ``start`` up to ``end``, and the constants that they need, into a new graph."""
-    dependent = depends_on_input(nodes)
+def _subgraph(trace: Trace, start: int, end: int, checked: bool) -> fx.Graph:
+    """Copy the operations after ``start`` up to ``end`` into a new graph.
+
+    The constants that they need are copied too. The sizes that they need from before ``start`` are written as those of
+    the network's image size.
+
+    Args:
+        trace: The operations of the network.
+        start: Cut before the graph; -1 for the images.
+        end: Cut at the end of the graph.
+        checked: Check the sizes of this graph that are written into a later one.
+    """
+    nodes, sizes = trace.nodes, trace.cuts.sizes
+    dependent = depends_on_pixels(nodes, sizes)
     graph = fx.Graph()
     source = nodes[start] if start >= 0 else next(node for node in nodes if node.op == "placeholder")
-    copies = {source: graph.placeholder("inputs")}
-    inside = nodes[start + 1 : end + 1]
-    needed = {node for node in inside if node in dependent and node.op not in ("placeholder", "output")}
+    inputs = graph.placeholder("inputs")
+    copies: dict[fx.Node, Any] = {source: inputs}
+    inside = {n for n in nodes[start + 1 : end + 1] if n in dependent and n.op not in ("placeholder", "output")}
+
+    def is_before(node: fx.Node) -> bool:
+        return any(a in dependent and a is not source and a not in inside for a in node.all_input_nodes)
+
+    to_check = sizes_across(nodes, dependent, {source} | inside - {nodes[end]}, end) if checked else []
+    needed = inside | set(to_check)
     pending = list(needed)
     while pending:
-        constants = {a for a in pending.pop().all_input_nodes if a not in dependent and a not in needed}
-        needed |= constants
-        pending += constants
+        node = pending.pop()
+        if node in dependent or not is_before(node):
+            found = {a for a in node.all_input_nodes if a not in dependent and a not in needed}
+            needed |= found
+            pending += found
     for node in nodes:
         if node in needed:
-            copies[node] = graph.node_copy(node, copies.__getitem__)
+            written = node not in dependent and is_before(node)
+            copies[node] = (
+                write_size(graph, sizes[node.name], inputs) if written else graph.node_copy(node, copies.__getitem__)
+            )
+    if to_check:
+        expected = [write_size(graph, sizes[node.name], inputs) for node in to_check]
+        graph.call_function(check_sizes, ([copies[node] for node in to_check], expected))
     graph.output(copies[nodes[end]] if nodes[end].op != "output" else copies[nodes[end].all_input_nodes[0]])
     return graph
 
