@@ -196,8 +196,7 @@ class CachedFeaturesDataModule(ResumableDataModule):
         if self.images.preprocessing is None:
             self.images.preprocessing = self.network.preprocessing
         self.images.setup(stage)
-        if stage != "predict":  # the features of all splits are computed
-            self.images.check_splits(self.splits)
+        self.images.check_splits(() if stage == "predict" else self.splits)  # features of all splits are computed
         self.cache.forget()
         self._rows.clear()
 
