@@ -15,7 +15,7 @@ def fingerprints(tensors: Mapping[str, Tensor]) -> dict[str, str]:
         local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
         raw = local.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
         digest = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(raw)  # without a copy of the bytes
+        digest.update(raw.data)  # without a copy of the bytes
         digests[name] = digest.hexdigest()
     return digests
 
