@@ -66,6 +66,7 @@ class TimmBackbone(TracedBackbone):
             )
         else:
             model = build(False)
+        _keep_attention_biases_fresh(model)
         classifier = model.pretrained_cfg.get("classifier") or "head"  # a tuple for a network with several
         if weights is not None and not published:
             load_weights_file(model, weights, name=full_name, classifier=classifier)
@@ -85,6 +86,22 @@ def _cached_files(cfg: Any) -> list[Path]:
         found = try_to_load_from_cache(cfg.hf_hub_id, name) if cfg.hf_hub_id and name else None
         files += [Path(found)] if isinstance(found, str) else []
     return files
+
+
+def _keep_attention_biases_fresh(model: Any) -> None:
+    """Let attention in eval mode read its weights anew in each pass.
+
+    timm keeps the attention biases of the first pass in eval mode until ``train()`` is called on the module. They would
+    be stale after a checkpoint is loaded, weights are averaged, or a part of the network has trained. Source:
+    https://github.com/huggingface/pytorch-image-models/blob/main/timm/models/levit.py, ``get_attention_biases``.
+    """
+    for module in model.modules():
+        if "attention_bias_cache" in vars(module):
+            module.register_forward_pre_hook(_forget_attention_biases)
+
+
+def _forget_attention_biases(module: Any, inputs: Any) -> None:
+    module.attention_bias_cache = {}
 
 
 def timm_preprocessing(model: Any) -> Preprocessing:
