@@ -40,6 +40,8 @@ def _run(before: Mapping[signal.Signals, Any]) -> None:
     from tl_lightning.lightning_fixes.finite_guard import NotFiniteError
 
     def terminate(number: int, frame: FrameType | None) -> None:
+        if os.environ.get("LOCAL_RANK", "0") != "0":
+            sys.exit(128 + number)  # outside training a rank ends alone, and the others must not wait for it
         raise SIGTERMException
 
     signal.signal(signal.SIGINT, before[signal.SIGINT])
