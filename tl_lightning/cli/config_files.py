@@ -1,9 +1,10 @@
-"""Read configurations in YAML, with bounds on their size and on what their aliases expand to."""
+"""Read configurations in YAML and UTF-8, with bounds on their size and on what their aliases expand to."""
 
 import stat
 from pathlib import Path
 from typing import Any
 
+import jsonargparse
 import yaml
 from jsonargparse import get_loader, set_loader
 
@@ -12,11 +13,24 @@ _MAX_NODES = 100_000
 _MAX_DEPTH = 100
 _Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _parse = get_loader("yaml")
+_read_text = jsonargparse.Path.read_text
 
 
-def bound_yaml() -> None:
-    """Let the parser read all YAML, that of nested files and of single values too, through :func:`load_yaml`."""
+def set_up_parser() -> None:
+    """Let the parser read all YAML through :func:`load_yaml`, and all files as UTF-8.
+
+    jsonargparse 4.53 reads files in the encoding of the locale
+    (https://github.com/omni-us/jsonargparse/blob/main/jsonargparse/_paths.py, ``Path.read_text``). This replacement can
+    be deleted when it reads UTF-8.
+    """
     set_loader("yaml", load_yaml, exceptions=(yaml.YAMLError,))
+    jsonargparse.Path.read_text = _read_utf8  # type: ignore[method-assign]
+
+
+def _read_utf8(path: jsonargparse.Path) -> str:
+    if path.is_url or path.is_fsspec or path.relative == "-":
+        return _read_text(path)
+    return Path(path.absolute).read_text(encoding="utf-8")
 
 
 def load_yaml(text: str) -> Any:
@@ -31,6 +45,8 @@ def load_yaml(text: str) -> Any:
         nodes = _count_nodes(yaml.compose(text, Loader=_Loader), {}, 0) if "*" in text else 0
         if nodes is not None and nodes <= _MAX_NODES:
             return _parse(text)
+    except UnicodeEncodeError:  # a value of the command line that the locale cannot decode
+        return text
     except RecursionError as error:
         raise yaml.YAMLError("it is nested too deeply") from error
     raise yaml.YAMLError(f"its aliases (*) expand to over {_MAX_NODES:,} values, or to more than {_MAX_DEPTH} levels")

@@ -80,9 +80,9 @@ class SaveConfig(SaveConfigCallback):
         Raises:
             OSError: The file cannot be written, as on a full disk.
         """
-        text = self.parser.dump(self.config, skip_none=False)
+        text = self.parser.dump(self.config, skip_none=False).encode(errors="surrogateescape")
         self._folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(self._folder / self.config_filename, lambda file: file.write(text.encode()))
+        write_atomically(self._folder / self.config_filename, lambda file: file.write(text))
 
     def _save(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if not self.already_saved:

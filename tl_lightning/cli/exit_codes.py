@@ -96,13 +96,15 @@ def _is_library(file: str) -> bool:
 
 
 def _fault_of_machine(error: BaseException) -> str | None:
-    """Describe a full disk, a folder without permission, or too little memory; return None for any other error."""
+    """Describe a full disk, missing permission, too little memory or a poor locale; return None for any other error."""
     text = " ".join(str(error).split())
     if (isinstance(error, OSError) and error.errno in _FULL) or any(full in text for full in _FULL_TEXTS):
         return f"the disk is full ({text}): free some space, or write to another disk, then repeat the command"
     if isinstance(error, OSError) and error.errno in _OF_THE_MACHINE:
         about = f"{error.filename}: " if error.filename else ""
         return f"{about}{error.strerror}. Check the permissions and limits, or give another folder"
+    if isinstance(error, UnicodeEncodeError):
+        return f"the locale has no encoding for {error.object!r} ({error.reason}): set LC_ALL=C.UTF-8"
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return (
             f"out of memory ({text.partition('. ')[0]}): lower data.batch_size, and raise "

@@ -8,9 +8,9 @@ from jsonargparse import DefaultHelpFormatter, Namespace
 from lightning.pytorch.cli import LightningArgumentParser
 
 from tl_lightning.cli import errors
-from tl_lightning.cli.config_files import bound_yaml
+from tl_lightning.cli.config_files import set_up_parser
 
-bound_yaml()
+set_up_parser()
 
 _KNOWN = "known subclasses: "
 

@@ -32,6 +32,7 @@ from tl_lightning.cli.value_checks import check_num_classes, check_values
 from tl_lightning.data import images_of
 from tl_lightning.lightning_fixes.metrics_log import CSVRowCount
 from tl_lightning.lightning_fixes.warning_filters import filter_warnings
+from tl_lightning.utils.console import escape_unprintable
 from tl_lightning.utils.seeding import DEFAULT_SEED
 
 
@@ -57,6 +58,7 @@ class TransferCLI(LightningCLI):
 
     def __init__(self, args: ArgsType = None) -> None:
         filter_warnings()
+        escape_unprintable()
         TransferCLI.has_begun = False
         try:
             super().__init__(

@@ -110,7 +110,7 @@ def _copy_images(root: Path, classes: int) -> None:
     unfinished = Path(tempfile.mkdtemp(dir=root.parent, prefix=f".{root.name}."))
     for name in _CLASSES[classes]:
         (unfinished / name).mkdir()
-    for line in (data / "labels.csv").read_text().splitlines():
+    for line in (data / "labels.csv").read_text(encoding="utf-8").splitlines():
         image, probability, _cell_type = line.split()
         number = round(float(probability) * 3)
         name = _CLASSES[4][number] if classes == 4 else _CLASSES[2][0 if number >= 2 else 1]

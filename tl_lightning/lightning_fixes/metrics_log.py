@@ -1,6 +1,6 @@
 """Keep ``metrics.csv`` complete and without duplicate rows, however often a run is interrupted and resumed.
 
-``CSVLogger`` of Lightning has three faults:
+``CSVLogger`` of Lightning has five faults:
 
 - In a folder that has a ``metrics.csv``, as that of a resumed run, it deletes the file
   (https://github.com/Lightning-AI/pytorch-lightning/pull/19446).
@@ -8,6 +8,7 @@
   (https://github.com/Lightning-AI/pytorch-lightning/blob/master/src/lightning/fabric/loggers/csv_logs.py,
   ``_rewrite_with_new_header``).
 - On a full disk it leaves half a row, to which the next row is added.
+- It writes in the encoding of the locale.
 - It does not write the rows that a checkpoint counts, but waits for the 100th step or for ``save()``.
 
 Needed for Lightning 2.6. This file can be deleted when ``CSVLogger`` continues an existing file, restores the number of
@@ -33,7 +34,7 @@ from tl_lightning.utils.files import write_atomically
 
 
 class _AtomicWriter(ExperimentWriter):
-    """Lightning's writer, but it replaces the file at once when it adds a column, and never leaves half a row."""
+    """Lightning's writer, but it writes UTF-8, replaces the file to add a column, and never leaves half a row."""
 
     _whole = 0  # bytes of complete rows
 
@@ -46,7 +47,7 @@ class _AtomicWriter(ExperimentWriter):
         file = Path(self.metrics_file_path)
         self._whole = file.stat().st_size if file.is_file() else 0
         try:
-            super().save()
+            self._append_rows()
         except OSError as error:
             if error.strerror is None:
                 raise  # write_atomically has named the file
@@ -58,6 +59,21 @@ class _AtomicWriter(ExperimentWriter):
             )
             failed.errno = error.errno
             raise failed from error
+
+    def _append_rows(self) -> None:
+        """Append the rows since the last call, as the method of Lightning does in the encoding of the locale."""
+        if not self.metrics:
+            return
+        file = Path(self.metrics_file_path)
+        if self._record_new_keys() and file.is_file():
+            self._rewrite_with_new_header(self.metrics_keys)
+        is_new = not file.is_file()
+        with file.open("a", newline="", encoding="utf-8") as opened:
+            writer = csv.DictWriter(opened, self.metrics_keys)
+            if is_new:
+                writer.writeheader()
+            writer.writerows(self.metrics)
+        self.metrics = []
 
     def _rewrite_with_new_header(self, fieldnames: list[str]) -> None:
         file = Path(self.metrics_file_path)
@@ -86,7 +102,7 @@ class ResumableCSVLogger(CSVLogger):
             self._experiment = _AtomicWriter(self.log_dir)
             if kept.is_file():
                 kept.replace(file)
-                with file.open(newline="") as opened:
+                with file.open(newline="", encoding="utf-8") as opened:
                     self._experiment.metrics_keys = list(csv.DictReader(opened).fieldnames or [])
                 self._continued = file
         writer: ExperimentWriter = super().experiment
@@ -122,7 +138,7 @@ class ResumableCSVLogger(CSVLogger):
 
 def _read_rows(file: Path) -> list[dict[str, str]]:
     """Read the rows, without an incomplete last line from a run that was killed, and without surplus values."""
-    lines = [line for line in file.read_text().splitlines(keepends=True) if line.endswith("\n")]
+    lines = [line for line in file.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
     return [{name: value or "" for name, value in row.items() if name} for row in csv.DictReader(lines)]
 
 

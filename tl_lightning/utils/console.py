@@ -1,6 +1,8 @@
 """Print small tables on the terminal."""
 
+import io
 import os
+import sys
 import textwrap
 from collections.abc import Mapping
 
@@ -13,6 +15,12 @@ from tl_lightning.utils.paths import short_path
 _MIN_WIDTH = 20
 
 
+def escape_unprintable() -> None:
+    """Let characters that the terminal or log file lacks be written as escapes, instead of failing the run."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
 def print_table(title: str, rows: Mapping[str, str]) -> None:
     """Print rows of a name and a value on rank 0, without interpreting any markup in them.
 
@@ -21,6 +29,7 @@ def print_table(title: str, rows: Mapping[str, str]) -> None:
     """
     if not is_rank_zero():
         return
+    escape_unprintable()
     console = Console()
     margin = 2 + max(map(len, rows), default=0) + 2
     console.print(Text(title, style="italic"))
