@@ -24,7 +24,7 @@ def test_characters_that_a_terminal_lacks_are_written_as_escapes(
     monkeypatch.setattr(sys, "stdout", terminal)
     fit(photos, tmp_path / "runs")
     terminal.flush()
-    printed = terminal.buffer.getvalue().decode("cp1252")  # type: ignore[attr-defined]
+    printed = terminal.buffer.getvalue().decode("cp1252")
     assert "2: ämeise, \\u8702\n" in printed
 
 

@@ -9,6 +9,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.callbacks import (
+    BatchSizeFinder,
     GradientAccumulationScheduler,
     LearningRateFinder,
     ModelCheckpoint,
@@ -374,7 +375,8 @@ def test_callbacks_that_conflict_with_the_classifier_are_refused(photos: Path, t
     for callback, message in (
         (StochasticWeightAveraging(1e-3), "use tl_lightning.callbacks.EMA"),
         (GradientAccumulationScheduler({0: 2}), r"give trainer.accumulate_grad_batches"),
-        (LearningRateFinder(), r"call lightning.pytorch.tuner.Tuner\(trainer\).lr_find"),
+        (LearningRateFinder(), r"compare rates on held-out images by tl-lightning sweep"),
+        (BatchSizeFinder(), r"call lightning.pytorch.tuner.Tuner\(trainer\).scale_batch_size\(model"),
     ):
         with pytest.raises(ValueError, match=message):
             trainer(tmp_path, callback).fit(classifier(), images(photos))

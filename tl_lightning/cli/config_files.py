@@ -13,7 +13,7 @@ _MAX_NODES = 100_000
 _MAX_DEPTH = 100
 _Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _parse = get_loader("yaml")
-_read_text = jsonargparse.Path.read_text
+_read_text = jsonargparse.Path.read_text  # type: ignore[attr-defined]
 
 
 def set_up_parser() -> None:
@@ -24,12 +24,12 @@ def set_up_parser() -> None:
     be deleted when it reads UTF-8.
     """
     set_loader("yaml", load_yaml, exceptions=(yaml.YAMLError,))
-    jsonargparse.Path.read_text = _read_utf8  # type: ignore[method-assign]
+    jsonargparse.Path.read_text = _read_utf8  # type: ignore[method-assign, assignment, attr-defined]
 
 
-def _read_utf8(path: jsonargparse.Path) -> str:
+def _read_utf8(path: Any) -> str:
     if path.is_url or path.is_fsspec or path.relative == "-":
-        return _read_text(path)
+        return str(_read_text(path))
     return Path(path.absolute).read_text(encoding="utf-8")
 
 

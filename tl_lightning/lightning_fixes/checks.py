@@ -11,6 +11,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningDataModule, Trainer
 from lightning.pytorch.callbacks import (
+    BatchSizeFinder,
     EarlyStopping,
     GradientAccumulationScheduler,
     LearningRateFinder,
@@ -136,8 +137,8 @@ def check_callbacks(trainer: Trainer) -> None:
     """Check that no callback conflicts with the classifier.
 
     Raises:
-        ValueError: A callback changes the accumulation, averages frozen batch norm statistics, or sets one learning
-            rate for all groups.
+        ValueError: A callback changes the accumulation or the batch size, averages frozen batch norm statistics, or
+            sets one learning rate for all groups.
     """
     for callback in callbacks_of(trainer):
         if isinstance(callback, GradientAccumulationScheduler):
@@ -150,12 +151,21 @@ def check_callbacks(trainer: Trainer) -> None:
                 "StochasticWeightAveraging recomputes the statistics of all batch norm layers, the frozen ones "
                 "included: use tl_lightning.callbacks.EMA to average weights"
             )
-        if (
-            isinstance(callback, LearningRateFinder) and not callback._early_exit
-        ):  # the tuner's own ends before training
+        if isinstance(callback, BatchSizeFinder) and not callback._early_exit:  # the tuner's own ends before training
             raise ValueError(
-                "LearningRateFinder gives all groups of the optimizer the same rate, and schedules ignore it: call "
-                "lightning.pytorch.tuner.Tuner(trainer).lr_find(model, datamodule=data) before fit, which sets model.lr"
+                "BatchSizeFinder changes the batch size after the learning rate schedule has been built for another "
+                "number of steps, so the run would train at wrong rates: call "
+                "lightning.pytorch.tuner.Tuner(trainer).scale_batch_size(model, datamodule=data) before fit, which "
+                "sets data.batch_size"
+            )
+        if isinstance(callback, LearningRateFinder):
+            if callback._early_exit:
+                callbacks_of(trainer).remove(callback)  # the tuner would leave it to the next fit
+            raise ValueError(  # noqa: TRY004 - the user's choice is wrong, not a type
+                "LearningRateFinder and Tuner.lr_find suggest rates far below those that train well (75 times below "
+                "the default, measured on a linear probe), and give all groups of the optimizer the same rate: keep "
+                "the default rate, or compare rates on held-out images by tl-lightning sweep, or by "
+                "tl_lightning.cli.TransferTrainer.sweep in Python, and give the best one as model.lr"
             )
 
 
