@@ -203,3 +203,11 @@ def test_network_sees_the_given_image_size() -> None:
     for name in ("vit_b_32", "maxvit_t"):
         with pytest.raises(ValueError, match=f"{name} takes no images of 96 pixels .*TimmBackbone"):
             TorchvisionBackbone(name, weights=None, image_size=96)
+
+
+def test_folder_for_weights_that_cannot_be_created_names_the_variable_that_moves_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("TORCH_HOME", "/dev/null/torch")
+    with pytest.raises(PermissionError, match=r"'/dev/null/torch/hub' .* cannot be created .*: set TORCH_HOME to"):
+        TorchvisionBackbone("resnet18")

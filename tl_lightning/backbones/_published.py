@@ -36,12 +36,19 @@ def build_with_download(build: Callable[[], _M], *, name: str, weights: str, cac
 
     Raises:
         ValueError: A file in the cache is damaged, or the weights are not finite.
+        PermissionError: The folder for downloaded weights cannot be created.
         ConnectionError: The download failed; the message says how to go on without a network connection.
     """
     from filelock import FileLock
 
     cache = Path(torch.hub.get_dir())
-    cache.mkdir(parents=True, exist_ok=True)
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise PermissionError(
+            f"the folder {str(cache)!r} for downloaded weights cannot be created ({error.strerror}): set TORCH_HOME to "
+            "a folder that you may write to, or pass a file as weights"
+        ) from error
     try:
         with FileLock(cache / "tl_lightning.lock"):
             model = build()
