@@ -171,7 +171,7 @@ def check_outcomes(results: dict[str, list[str]], steps_per_epoch: int) -> None:
         pytest.param(1, {"plateau": "train_loss", "check_val_every_n_epoch": 2}, 4, marks=pytest.mark.slow),
         (2, {}, 4),
         pytest.param(2, {"val_check_interval": 0.5}, 4, marks=pytest.mark.slow),
-        (2, {"accumulate_grad_batches": 3, "gradient_clip_val": 0.1}, 2),
+        pytest.param(2, {"accumulate_grad_batches": 3, "gradient_clip_val": 0.1}, 2, marks=pytest.mark.slow),
         pytest.param(2, {"max_steps": 12}, 4, marks=pytest.mark.slow),
         pytest.param(2, {"plateau": "val_loss"}, 4, marks=pytest.mark.slow),
     ],

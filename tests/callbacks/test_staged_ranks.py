@@ -10,6 +10,10 @@ from tests.callbacks.staged_runs import VARIANTS, Double, train
 from tests.ranks import run_on_ranks
 from tests.staged import EPOCHS, TRAINED
 
+pytestmark = (
+    pytest.mark.slow
+)  # a pair of processes for over a minute; test_readme trains and resumes stages on two ranks
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -135,6 +135,7 @@ def die_at(number: int, root: Path, cache: Path) -> None:
     fill(root, [store(cache, TinyBackbone(), boundary) for boundary in BOUNDARIES])
 
 
+@pytest.mark.slow
 def test_a_process_killed_before_any_write_leaves_a_complete_store_or_none(
     root: Path, tmp_path: Path, undisturbed: dict[str, dict[str, bytes]]
 ) -> None:

@@ -169,7 +169,14 @@ def fit_and_exit(world: int, photos: str, folder: str) -> int:
     return rank
 
 
-@pytest.mark.parametrize(("ending", "connected"), [("completed", "False"), ("terminated", "False"), ("failed", "True")])
+@pytest.mark.parametrize(
+    ("ending", "connected"),
+    [
+        pytest.param("completed", "False", marks=pytest.mark.slow),
+        ("terminated", "False"),
+        pytest.param("failed", "True", marks=pytest.mark.slow),
+    ],
+)
 def test_ranks_leave_the_process_group_unless_one_has_failed(
     ending: str, connected: str, photos: Path, tmp_path: Path
 ) -> None:

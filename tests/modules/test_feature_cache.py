@@ -58,6 +58,7 @@ def fit_all_heads(world: int, photos: str, folder: str) -> dict[str, tuple[str, 
     return {head: fit(photos, Path(folder), head, Path(folder) / "cache", **options) for head in HEADS}
 
 
+@pytest.mark.slow
 def test_heads_are_the_same_on_two_ranks(tmp_path: Path) -> None:
     photos = image_folder(tmp_path / "photos", {"ant": 12, "bee": 16, "cat": 14})
     assert len(images(photos).splits["train"].files) == 25  # odd, so that two ranks see one image twice

@@ -18,6 +18,8 @@ from tl_lightning.utils.console import print_table
 _NAMES_SHOWN = 12
 _LARGE_SHARE = 0.5
 """Share of the backbone above which "the last k stages" are probably more than was meant."""
+_FEW_STAGES = 4
+"""A network with fewer stages cannot be cut between its blocks; ResNets have five."""
 
 
 class Plan(Callback):
@@ -193,8 +195,10 @@ def _last_stages(given: str | int, names: Sequence[str]) -> int | None:
 
 
 def _warn_of_large_stages(trainer: Trainer, classifier: TransferClassifier) -> None:
-    """Warn where the last k stages hold most of the backbone, since such stages are no small part of it."""
+    """Warn where the last k stages of a network that can hardly be cut hold most of its parameters."""
     names = list(classifier.freeze_policy.stages)
+    if len(names) >= _FEW_STAGES:
+        return
     unfreezing = _unfreezing(trainer)
     given = [classifier.freeze_policy.unfreeze_from] if unfreezing is None else unfreezing.schedule.values()
     for number in {_last_stages(stage, names) for stage in given} - {None, 0}:
