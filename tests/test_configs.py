@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from tests.doubles import image_folder
 from tl_lightning.cli import main
@@ -46,11 +47,12 @@ def test_configuration_trains_and_predicts(config: Path, tmp_path: Path, monkeyp
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     image_folder(tmp_path / "photos", {"ant": 8, "bee": 8})
     short = ["--trainer.limit_train_batches=1", "--trainer.limit_val_batches=1", "--trainer.limit_test_batches=1"]
-    staged = "StagedUnfreezing" in config.read_text()
-    length = [] if staged else ["--trainer.max_epochs=1"]
+    callbacks = yaml.safe_load(config.read_text())["trainer"].get("callbacks", [])
+    staged = [c["init_args"]["schedule"] for c in callbacks if c["class_path"] == "StagedUnfreezing"]
+    length = f"--trainer.max_epochs={1 + max((epoch for schedule in staged for epoch in schedule), default=0)}"
     cached = "CachedFeatures" in config.read_text()
     size = "--data.images.batch_size=16" if cached else "--data.init_args.batch_size=4"
-    main(["fit", f"--config={config}", *short, *length, size])
+    main(["fit", f"--config={config}", *short, length, size])
     (best,) = tmp_path.joinpath("runs").rglob("best.ckpt")
     image_folder(tmp_path / "new", {"x": 3})
     main(["predict", f"--ckpt_path={best}", "--data.root=new", "--trainer.default_root_dir=predicted"])

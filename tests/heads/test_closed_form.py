@@ -83,6 +83,7 @@ def fit_on_ranks(world: int, photos: str, folder: str) -> str:
     return fingerprint(model.state_dict())
 
 
+@pytest.mark.slow
 def test_all_ranks_take_the_head_of_rank_zero(photos: Path, tmp_path: Path) -> None:
     first, second = run_on_ranks(__name__, "fit_on_ranks", tmp_path / "out", photos=str(photos), folder=str(tmp_path))
     assert first == second
