@@ -80,7 +80,8 @@ def test_advertisements_are_hidden_and_other_messages_are_not(
         logger.info("\N{ELECTRIC LIGHT BULB} Tip: For seamless cloud logging")
         logger.info("GPU available: False, used: False")
         logger.info("`Trainer.fit` stopped: `max_epochs=1` reached.")
-    assert [record.getMessage() for record in caplog.records] == ["`Trainer.fit` stopped: `max_epochs=1` reached."]
+        logger.info("`Trainer.fit` stopped: `max_steps=1` reached.")
+    assert [record.getMessage() for record in caplog.records] == ["`Trainer.fit` stopped: `max_steps=1` reached."]
 
 
 def test_warning_of_the_package_is_shown_without_its_place_in_the_code() -> None:

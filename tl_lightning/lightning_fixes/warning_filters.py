@@ -37,6 +37,7 @@ _HIDDEN_MESSAGES = (
     "Restoring states",
     "Loaded model weights",
     "The following callbacks returned",
+    "`Trainer.fit` stopped: `max_epochs=",  # it breaks the line of the progress bar, and the summary follows
 )
 """Beginnings of log messages that the user of the command line does not need."""
 
