@@ -73,6 +73,7 @@ def read_for_trainer(classifier: TransferClassifier, path: Path, unpickle: bool)
     """
     if not path.is_file():
         raise FileNotFoundError(f"the checkpoint {str(path)!r} does not exist (looked in {path.resolve().parent})")
+    # LightningModule.trainer raises without a trainer; only _trainer can be asked.
     resumes = classifier._trainer is not None and classifier.trainer.state.fn == "fit"
     with name_sound_checkpoint(path, resumable=resumes):
         checkpoint: dict[str, Any] = load_file(path, unpickle=unpickle)
