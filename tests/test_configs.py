@@ -47,7 +47,7 @@ def test_configuration_trains_and_predicts(config: Path, tmp_path: Path, monkeyp
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     image_folder(tmp_path / "photos", {"ant": 8, "bee": 8})
     short = ["--trainer.limit_train_batches=1", "--trainer.limit_val_batches=1", "--trainer.limit_test_batches=1"]
-    callbacks = yaml.safe_load(config.read_text())["trainer"].get("callbacks", [])
+    callbacks = yaml.safe_load(config.read_text()).get("trainer", {}).get("callbacks", [])
     staged = [c["init_args"]["schedule"] for c in callbacks if c["class_path"] == "StagedUnfreezing"]
     length = f"--trainer.max_epochs={1 + max((epoch for schedule in staged for epoch in schedule), default=0)}"
     cached = "CachedFeatures" in config.read_text()
