@@ -11,9 +11,9 @@ import lightning.pytorch as pl
 import pytest
 
 from tests.cli.runs import PARTIAL, SCHEDULE_CHANGED, Run, fit, metrics
+from tl_lightning.cli.exit_codes import explain_failure
 from tl_lightning.cli.run_folder import create_run_folder, remove_run_folder
 from tl_lightning.cli.run_lock import lock_run_folder, unlock_run_folder
-from tl_lightning.utils.messages import package_error_message
 
 
 class ResumesTwice(pl.Callback):
@@ -37,7 +37,8 @@ def test_second_resume_of_one_run_is_refused_while_the_first_goes_on(short: Run,
     ResumesTwice.arguments = (str(photos), str(folder.parent), *options)
     fit(photos, folder.parent, *options, "--trainer.callbacks=tests.cli.test_run_lock.ResumesTwice")
     assert ResumesTwice.refusal is not None
-    message = package_error_message(ResumesTwice.refusal)
+    message, code = explain_failure(ResumesTwice.refusal, has_begun=False) or ("", 0)
+    assert code == 1
     assert message == (
         f"another run is using {str(folder)!r}: wait until it has ended, or end it; to train beside it, start a new "
         "run without --ckpt_path"

@@ -14,8 +14,8 @@ from tests.doubles import TinyBackbone
 from tests.staged import images, trainer
 from tl_lightning.callbacks import FiniteGuard
 from tl_lightning.callbacks.model_checkpoint import BestCheckpoint, RunCheckpoint
+from tl_lightning.cli.exit_codes import explain_failure
 from tl_lightning.modules import PartialFineTuning
-from tl_lightning.utils.messages import package_error_message
 
 PER_EPOCH = 3
 """Batches of eight images in an epoch."""
@@ -81,7 +81,7 @@ def test_loss_that_is_not_finite_stops_the_run_before_its_step(value: float, pho
     assert "(learning rates: head 0.00891, layer3 0.00178)" in message
     assert f"the last good checkpoint is '{tmp_path / 'last.ckpt'}'" in message
     assert "FiniteGuard(skip_steps=True)" in message
-    assert package_error_message(caught.value) == message, "the command line would print a traceback"
+    assert explain_failure(caught.value, has_begun=True) == (message, 1), "the command line would print a traceback"
     assert len(states.after) == PER_EPOCH + 1
     assert _same(states.failed, states.after[-1]), "the step was made"
 

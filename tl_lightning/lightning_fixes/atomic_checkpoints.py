@@ -4,9 +4,10 @@ Lightning writes a checkpoint into the system's temporary folder and moves it to
 (https://github.com/Lightning-AI/pytorch-lightning/blob/master/src/lightning/fabric/utilities/cloud_io.py,
 ``_atomic_save``, through fsspec's transactions). To another file system that is a copy into the open file: a process
 that is killed meanwhile leaves a cut file, and so does a full disk. Lightning does not flush the file to the disk, and
-``torch.load`` ignores the checksums in the file (https://github.com/pytorch/pytorch/blob/main/caffe2/serialize/inline_container.cc,
-which turns off miniz's check). Needed for Lightning 2.6. This file can be deleted when Lightning writes beside the
-target, flushes and renames, and when ``torch.load`` checks the checksums.
+``torch.load`` ignores the checksums in the file: it turns off miniz's check
+(https://github.com/pytorch/pytorch/blob/main/caffe2/serialize/inline_container.cc). Needed for Lightning 2.6. This file
+can be deleted when Lightning writes beside the target, flushes and renames, and when ``torch.load`` checks the
+checksums.
 """
 
 from collections.abc import Callable

@@ -1,7 +1,8 @@
 """End the processes of the other ranks together with the process that has launched them.
 
 Lightning starts the script once more for each further rank of a machine, and these processes outlive a killed rank 0:
-https://github.com/Lightning-AI/pytorch-lightning/blob/master/src/lightning/pytorch/strategies/launchers/subprocess_script.py.
+https://github.com/Lightning-AI/pytorch-lightning/tree/master/src/lightning/pytorch/strategies/launchers
+(``subprocess_script.py``).
 This module imports the standard library alone, so that a process can call it before its long imports.
 """
 

@@ -7,7 +7,6 @@ from pathlib import Path
 
 _LISTED = 40
 _NAMED = 10
-_PACKAGE = Path(__file__).parents[1]
 
 
 def unknown(kind: str, given: object, allowed: Iterable[object], *, of: str = "") -> str:
@@ -37,17 +36,6 @@ def listed(names: Sequence[str], limit: int = _NAMED) -> str:
         'a, b and 1 more'
     """
     return ", ".join(names[:limit]) + (f" and {len(names) - limit:,} more" if len(names) > limit else "")
-
-
-def package_error_message(error: BaseException) -> str | None:
-    """Find an exception that this package raised, in an exception and its causes, and return its message.
-
-    Such an exception tells the user what to change. Any other one is a fault, whose traceback is needed.
-
-    Returns:
-        The message; None if no ``raise`` statement of this package raised an exception of the chain.
-    """
-    return next((str(link) for link in causes(error) if is_raised_in(link, _PACKAGE)), None)
 
 
 def causes(error: BaseException) -> Iterator[BaseException]:
